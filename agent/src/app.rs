@@ -26,9 +26,11 @@ use vmcast_proto::v1::Register;
 
 use crate::{
     condition::Condition,
-    config::{Args, Compression},
+    config::{Args, Compression, HypervisorKind},
     datastore::{Datastore, SharedStorage, Survey},
     deployments::{Context, Deployments},
+    frozen::{self, FrozenVms},
+    hypervisor::{Driver, Exec, Hypervisor},
     peers::Peers,
     serve::{PeerService, Serving},
     session::Session,
@@ -72,6 +74,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         urgent: Arc::new(Notify::new()),
         compression: args.compression == Compression::Auto,
         allows_clear_data: args.allow_clear_data,
+        hypervisor: hypervisor(&args)?,
+        frozen: FrozenVms::default(),
     });
     let jobs = CancellationToken::new();
     let deployments = Arc::new(Deployments::new(context.clone(), tasks.clone(), jobs.clone()));
@@ -111,6 +115,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             let _ = stop.run_until_cancelled(condition.measure()).await;
         }
     });
+    let (frozen_of, frozen_jobs) = (context.clone(), deployments.clone());
     let session = Session {
         controller: args.controller.clone(),
         tls,
@@ -121,6 +126,11 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
             address,
             labels: args.labels().into_iter().collect(),
             allows_clear_data: args.allow_clear_data,
+            hypervisor: context
+                .hypervisor
+                .as_ref()
+                .map(|it| it.driver().kind().to_owned())
+                .unwrap_or_default(),
             ..Register::default()
         },
         context,
@@ -132,6 +142,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         swept: false,
     };
     tasks.spawn(session.run(stop.clone()));
+    tasks.spawn(frozen::watch(frozen_of, frozen_jobs, stop.clone()));
     tasks.spawn(watchdog(stop.clone()));
     notify(&[sd_notify::NotifyState::Ready]);
 
@@ -166,6 +177,32 @@ fn check_identity(tls: &TlsDir, args: &Args) -> anyhow::Result<HostName> {
         );
     }
     Ok(args.name.clone())
+}
+
+fn hypervisor(args: &Args) -> anyhow::Result<Option<Hypervisor>> {
+    let driver: Arc<dyn Driver> = match (args.hypervisor, &args.hypervisor_hook) {
+        (HypervisorKind::None, _) => return Ok(None),
+        (HypervisorKind::Libvirt, _) => libvirt(args)?,
+        (HypervisorKind::Exec, Some(hook)) => {
+            let within = Duration::from_secs(args.hypervisor_hook_seconds.into());
+            Arc::new(Exec::new(hook.clone(), args.name.clone(), within))
+        }
+        (HypervisorKind::Exec, None) => anyhow::bail!("--hypervisor exec needs --hypervisor-hook PROGRAM"),
+    };
+    Ok(Some(Hypervisor::new(driver, args.starts_at_once)))
+}
+
+#[cfg(feature = "libvirt")]
+#[expect(clippy::unnecessary_wraps, reason = "it fails where libvirt is not compiled in")]
+fn libvirt(args: &Args) -> anyhow::Result<Arc<dyn Driver>> {
+    Ok(Arc::new(crate::hypervisor::Libvirt::new(args.libvirt_uri.clone(), args.name.clone())))
+}
+
+#[cfg(not(feature = "libvirt"))]
+fn libvirt(_args: &Args) -> anyhow::Result<Arc<dyn Driver>> {
+    anyhow::bail!(
+        "this agent was built without libvirt; build it with `cargo build --features vmcast-agent/libvirt`, or use --hypervisor exec"
+    )
 }
 
 /// Two agents on one state directory would fight over the same datastores.

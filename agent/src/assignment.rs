@@ -1,16 +1,25 @@
 //! This host's part in a deployment, checked.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use vmcast_common::{
     manifest::{ImageId, ManifestError},
     name::{CopyName, DatastoreName, DeploymentId, HostName, ImageName, NameError},
     net::LinkKey,
 };
-use vmcast_proto::v1::{AssignCommand, CloneMode as ProtoClone, DataEncryption, OnLoss, assign_command};
+use vmcast_proto::v1::{
+    self, AssignCommand, CloneMode as ProtoClone, DataEncryption, OnLoss, assign_command, guest_sign::Sign,
+};
 
 use crate::{
     datastore::CloneMode,
+    hypervisor::{
+        GuestSign,
+        seed::{self, Templates},
+    },
     transfer::{schedule::Upstreams, turns::Priority},
 };
 
@@ -38,6 +47,9 @@ pub enum BadAssignment {
     /// A key that is none.
     #[error("the link key for host {0} does not have 32 bytes")]
     LinkKey(HostName),
+    /// Texts that are too long.
+    #[error("a text for cloud-init is longer than {} bytes", seed::MOST_TEXT)]
+    CloudInit,
 }
 
 /// Where a copy goes.
@@ -95,6 +107,60 @@ pub struct Assignment {
     pub rate_limit: Option<u64>,
     /// Whose turn it is.
     pub priority: Priority,
+    /// VMs to make of the copies; none: they stay copies.
+    pub vms: Option<VmOrder>,
+}
+
+/// VMs to make of the copies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmOrder {
+    /// Start them.
+    pub start: bool,
+    /// What their identities are made of.
+    pub identity_seed: String,
+    /// Nobody needs the base as a source any more.
+    pub base_free: bool,
+    /// How it is told that a guest is up.
+    pub sign: GuestSign,
+    /// How long that may take.
+    pub up_within: Duration,
+    /// A cloud-init seed for each.
+    pub cloud_init: Option<Templates>,
+}
+
+/// Where the order gives no time.
+const UP_WITHIN: u32 = 300;
+
+impl VmOrder {
+    fn from_proto(order: v1::VmOrder) -> Result<Self, BadAssignment> {
+        let sign = order.guest_sign.unwrap_or_default();
+        let within = if sign.within_seconds == 0 { UP_WITHIN } else { sign.within_seconds };
+        let cloud_init = order.cloud_init.map(|texts| Templates {
+            meta_data: texts.meta_data,
+            user_data: texts.user_data,
+            network_config: texts.network_config,
+        });
+        let long = |texts: &Templates| {
+            [&texts.meta_data, &texts.user_data, &texts.network_config]
+                .iter()
+                .any(|text| text.len() > seed::MOST_TEXT)
+        };
+        if cloud_init.as_ref().is_some_and(long) {
+            return Err(BadAssignment::CloudInit);
+        }
+        Ok(Self {
+            start: order.start,
+            identity_seed: order.identity_seed,
+            base_free: order.base_free,
+            sign: match sign.sign {
+                None | Some(Sign::Agent(false)) => GuestSign::Running,
+                Some(Sign::Agent(true)) => GuestSign::Agent,
+                Some(Sign::Serial(text)) => GuestSign::Serial(text),
+            },
+            up_within: Duration::from_secs(within.into()),
+            cloud_init,
+        })
+    }
 }
 
 impl TryFrom<AssignCommand> for Assignment {
@@ -160,6 +226,7 @@ impl TryFrom<AssignCommand> for Assignment {
             discard_on_loss: command.on_loss == i32::from(OnLoss::Discard),
             rate_limit: (command.rate_limit > 0).then_some(command.rate_limit),
             priority,
+            vms: command.vms.map(VmOrder::from_proto).transpose()?,
         })
     }
 }

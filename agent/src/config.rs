@@ -57,12 +57,38 @@ pub struct Args {
     /// though each is verified. Only where the network itself is protected.
     #[arg(long)]
     pub allow_clear_data: bool,
+    /// What makes VMs of copies: `none`, `libvirt`, or `exec`, which runs --hypervisor-hook.
+    #[arg(long, value_enum, value_name = "DRIVER", default_value_t = HypervisorKind::None, requires_if("exec", "hypervisor_hook"))]
+    pub hypervisor: HypervisorKind,
+    /// Where libvirt is.
+    #[arg(long, value_name = "URI", default_value = "qemu:///system")]
+    pub libvirt_uri: String,
+    /// Program that is run for each step of a VM; see deploy/hooks/README.md.
+    #[arg(long, value_name = "PROGRAM")]
+    pub hypervisor_hook: Option<PathBuf>,
+    /// How long the hook may take for one step, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub hypervisor_hook_seconds: u32,
+    /// VMs that may be starting at once.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub starts_at_once: u32,
     /// A label, such as zone=NAME; repeat for more.
     #[arg(long, value_name = "KEY=VALUE")]
     pub label: Vec<Label>,
     /// How log lines are written.
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+}
+
+/// `--hypervisor`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum HypervisorKind {
+    /// Copies stay copies.
+    None,
+    /// libvirt.
+    Libvirt,
+    /// A program of the operator's.
+    Exec,
 }
 
 /// `--compression`.

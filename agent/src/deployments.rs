@@ -22,15 +22,20 @@ use tokio_util::{
 };
 use tracing::Instrument as _;
 use vmcast_common::{
-    name::{DatastoreName, DeploymentId, HostName},
+    manifest::ImageId,
+    name::{CopyName, DatastoreName, DeploymentId, HostName, NameError},
     net::{ClearLink, LinkKeys},
 };
-use vmcast_proto::v1::{DeploymentReport, deployment_report::Phase, failure::Kind};
+use vmcast_proto::v1::{
+    CopyPlacement, DeploymentReport, RemoveCommand, RemoveReport, deployment_report::Phase, failure::Kind,
+};
 
 use crate::{
     assignment::Assignment,
     datastore::{self, Datastore, StoreError},
     failure::Failure,
+    frozen::FrozenVms,
+    hypervisor::{Hypervisor, Mark},
     job::Job,
     peers::Peers,
     progress::Progress,
@@ -64,6 +69,10 @@ pub struct Context {
     pub compression: bool,
     /// Blocks may travel in clear if an operator asks for it.
     pub allows_clear_data: bool,
+    /// What makes VMs of copies; none: nothing does.
+    pub hypervisor: Option<Hypervisor>,
+    /// VMs whose disks are images.
+    pub frozen: FrozenVms,
 }
 
 impl Context {
@@ -183,6 +192,62 @@ impl Deployments {
         report
     }
 
+    /// Undoes what an ended deployment has made here: of each copy the VM first, then the copy.
+    pub async fn remove(&self, command: RemoveCommand) -> RemoveReport {
+        let mut report =
+            RemoveReport { deployment_id: command.deployment_id.clone(), ..RemoveReport::default() };
+        let mut failures = Vec::new();
+        for copy in command.copies {
+            match self.remove_copy(&command.deployment_id, &copy, command.vms).await {
+                Ok(()) => report.removed.push(copy),
+                Err(failure) => failures.push(failure),
+            }
+        }
+        tracing::info!(
+            deployment.id = command.deployment_id,
+            copies = report.removed.len(),
+            failed = failures.len(),
+            "removed"
+        );
+        let more = failures.len().saturating_sub(1);
+        report.failure = failures.into_iter().next().map(|mut failure| {
+            if more > 0 {
+                failure.message = format!("{}; and {more} more", failure.message);
+            }
+            failure.into()
+        });
+        report
+    }
+
+    async fn remove_copy(&self, deployment: &str, copy: &CopyPlacement, vms: bool) -> Result<(), Failure> {
+        let invalid = |error: NameError| Failure::new(Kind::Invalid, error.to_string());
+        let deployment = DeploymentId::new(deployment).map_err(invalid)?;
+        let name = CopyName::new(copy.name.clone()).map_err(invalid)?;
+        let store =
+            self.context.datastore(&DatastoreName::new(copy.datastore.clone()).map_err(invalid)?)?.clone();
+        let owner = {
+            let (store, name) = (store.clone(), name.clone());
+            spawn_blocking(move || datastore::owner(&store, &name)).await??
+        };
+        let made = owner.filter(|owner| owner.deployment == deployment).and_then(|owner| owner.vm);
+        if vms || made.is_some() {
+            let by = |driver: &str| made.as_ref().is_none_or(|made| made.driver == driver);
+            let hypervisor = self.context.hypervisor.as_ref().filter(|it| by(it.driver().kind()));
+            let hypervisor = hypervisor.ok_or_else(|| {
+                let driver = made.as_ref().map_or("DRIVER", |made| &made.driver);
+                let message = format!(
+                    "host {}: VM {name} was made with --hypervisor {driver}, and the agent does not run with it now: it \
+                     stays, with its copy",
+                    self.context.host
+                );
+                Failure::new(Kind::Hypervisor, message)
+            })?;
+            hypervisor.driver().remove(&Mark { deployment: deployment.clone(), copy: name.clone() }).await?;
+        }
+        spawn_blocking(move || datastore::remove_copy(&store, &deployment, &name)).await??;
+        Ok(())
+    }
+
     /// An image that is served for a deployment cannot be read any more.
     pub fn fault(&self, deployment: &DeploymentId, error: &StoreError) {
         self.context.serving.withdraw(deployment);
@@ -191,6 +256,29 @@ impl Deployments {
             failure.at_host = Some(self.context.host.clone());
             job.progress.fail(failure.into());
         }
+    }
+
+    /// A deployment uses the image on this host.
+    pub fn uses(&self, image: ImageId) -> bool {
+        self.running.lock().values().any(|job| job.assignment.borrow().image == image)
+    }
+
+    /// Ends what uses the image on this host: others are not served any more.
+    pub async fn end_uses(&self, image: ImageId) {
+        let using: Vec<DeploymentId> = {
+            let running = self.running.lock();
+            let uses = running.iter().filter(|(_, job)| job.assignment.borrow().image == image);
+            uses.map(|(id, _)| id.clone()).collect()
+        };
+        for id in using {
+            tracing::warn!(deployment.id = %id, "its source, a running VM, goes back to its disks");
+            self.release(&id).await;
+        }
+    }
+
+    /// This host holds other images than before: the controller is told.
+    pub fn images_changed(&self) {
+        self.context.frozen.images_changed.notify_one();
     }
 
     /// The deployments with a job.

@@ -18,6 +18,8 @@ use crate::{
     datastore::{self, CatalogEntry, Datastore, ImageCatalog, ImageReader, StoreError},
     deployments::{Context, Work},
     failure::Failure,
+    frozen::FrozenVms,
+    hypervisor::{Frozen, FrozenDisk, SourceDisk, SourceVm},
 };
 
 /// Pause between two reports on one import.
@@ -66,10 +68,9 @@ pub async fn import(
     outbox: mpsc::Sender<AgentMessage>,
 ) {
     let import_id = command.import_id;
-    let progress = outbox.clone();
-    let done = spawn_blocking(move || import_files(&context, &command, &cancel, &progress)).await;
+    let done = import_all(context, command, cancel, outbox.clone()).await;
     let mut report = ImportReport { import_id, ..ImportReport::default() };
-    match done.map_err(Failure::from).and_then(|done| done) {
+    match done {
         Ok(image) => {
             tracing::info!(image.id = %image.image_id, "imported image {}", image.name);
             (report.hashed_bytes, report.total_bytes) = (image.data_bytes, image.data_bytes);
@@ -81,6 +82,112 @@ pub async fn import(
         }
     }
     let _ = outbox.send(message(report)).await;
+}
+
+async fn import_all(
+    context: Arc<Context>,
+    mut command: ImportCommand,
+    cancel: Arc<Work>,
+    outbox: mpsc::Sender<AgentMessage>,
+) -> Result<HeldImage, Failure> {
+    if command.domain.is_empty() {
+        return spawn_blocking(move || import_files(&context, &command, &cancel, &outbox)).await?;
+    }
+    let source = VmSource::find(&context, &command.domain).await?;
+    // Dropped on any failure: the VM then goes back to its disks.
+    let freezing = match source.frozen() {
+        Some(vm) => Some(FrozenVms::freeze(&context, &source.store, vm).await?),
+        None => None,
+    };
+    command.datastore = source.store.name().to_string();
+    command.files = source.files(cancel.clone()).await?;
+    let of = context.clone();
+    let image = spawn_blocking(move || import_files(&of, &command, &cancel, &outbox)).await??;
+    if let Some(freezing) = freezing {
+        let id =
+            image.image_id.parse().map_err(|_| Failure::new(Kind::Internal, "an image without an id"))?;
+        freezing.keep(id).await?;
+    }
+    Ok(image)
+}
+
+/// A VM that is to become an image.
+struct VmSource {
+    domain: String,
+    vm: SourceVm,
+    /// Where its disks lie, and under which paths.
+    store: Arc<Datastore>,
+    disks: Vec<String>,
+}
+
+impl VmSource {
+    async fn find(context: &Arc<Context>, domain: &str) -> Result<Self, Failure> {
+        let host = &context.host;
+        let hypervisor = context.hypervisor.as_ref().ok_or_else(|| {
+            let message = format!("host {host} knows no VMs: start its agent with --hypervisor libvirt");
+            Failure::new(Kind::Hypervisor, message)
+        })?;
+        let vm = hypervisor.driver().source(domain).await?;
+        let (context, domain) = (context.clone(), domain.to_owned());
+        spawn_blocking(move || {
+            let host = &context.host;
+            let mut disks = Vec::new();
+            let mut home: Option<Arc<Datastore>> = None;
+            for SourceDisk { target, path, .. } in &vm.disks {
+                let found = context.datastores.values().find_map(|store| Some((store, store.inside(path)?)));
+                let Some((store, inside)) = found else {
+                    let message = format!(
+                        "host {host}: disk {target} of VM {domain} is {}, which is in none of its datastores: start its \
+                         agent with --datastore NAME={}",
+                        path.display(),
+                        path.parent().unwrap_or(path).display()
+                    );
+                    return Err(Failure::new(Kind::Invalid, message));
+                };
+                if let Some(other) = home.as_ref().filter(|other| other.name() != store.name()) {
+                    let message = format!(
+                        "host {host}: the disks of VM {domain} are in datastores {} and {}: an image lies in one",
+                        other.name(),
+                        store.name()
+                    );
+                    return Err(Failure::new(Kind::Invalid, message));
+                }
+                home = Some(store.clone());
+                disks.push(inside);
+            }
+            let store = home.ok_or_else(|| Failure::new(Kind::Internal, "a VM without disks"))?;
+            Ok(Self { domain, vm, store, disks })
+        })
+        .await?
+    }
+
+    /// The snapshot that holds its disks still, if it runs.
+    fn frozen(&self) -> Option<Frozen> {
+        let suffix = uuid::Uuid::new_v4().simple().to_string();
+        let disk = |disk: &SourceDisk| {
+            let mut overlay = disk.path.clone().into_os_string();
+            // Beside the disk: there is room for what a VM writes, and it is where an operator looks.
+            overlay.push(format!(".vmcast-{}", &suffix[..8]));
+            FrozenDisk {
+                target: disk.target.clone(),
+                file: disk.path.clone(),
+                format: disk.format.clone(),
+                overlay: overlay.into(),
+            }
+        };
+        self.vm.active.then(|| Frozen {
+            domain: self.domain.clone(),
+            disks: self.vm.disks.iter().map(disk).collect(),
+            others: self.vm.removable.clone(),
+        })
+    }
+
+    /// The files that make it an image.
+    async fn files(self, cancel: Arc<Work>) -> Result<Vec<String>, Failure> {
+        let Self { vm, store, disks, .. } = self;
+        let made = move || datastore::vm_source(&store, &disks, &vm.xml, vm.nvram.as_deref(), &cancel);
+        Ok(spawn_blocking(made).await??)
+    }
 }
 
 fn message(report: ImportReport) -> AgentMessage {

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  serve only:  open the image ----------------------------------------------------> serve until released
-//!  receive:     base: fetch | take from shared storage | take from own image --> publish --> further copies --> serve
-//!                     (served to others from its first verified block)
+//!  receive:     base: fetch | take from shared storage | take from own image --> publish --> further copies --> VMs --> serve
+//!                     (served to others from its first verified block until it becomes a VM's disk)
 //! ```
 //!
 //! Repeating any of it is harmless: what is published is recognised, what is staged is resumed.
@@ -43,6 +43,7 @@ use crate::{
 };
 
 mod further;
+mod vms;
 
 /// A failure is reported after this time, though the disk that failed may not even let its files be deleted.
 const CLEAN_UP: Duration = Duration::from_secs(10);
@@ -147,7 +148,7 @@ impl Job {
             })?;
             let swarm = self.offer_whole(&assignment, reader);
             self.progress.phase(Phase::Serving);
-            swarm
+            Some(swarm)
         } else {
             self.receive(assignment).await?
         };
@@ -155,7 +156,9 @@ impl Job {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            self.progress.sent(swarm.sent_bytes());
+            if let Some(swarm) = &swarm {
+                self.progress.sent(swarm.sent_bytes());
+            }
         }
     }
 
@@ -195,12 +198,23 @@ impl Job {
         swarm
     }
 
-    /// Makes all copies; gives what is served from then on.
-    async fn receive(&mut self, assignment: Assignment) -> Result<Arc<Swarm>, Failure> {
+    /// Makes all copies, and VMs of them; gives what is served from then on, unless it has become a VM's disk.
+    async fn receive(&mut self, assignment: Assignment) -> Result<Option<Arc<Swarm>>, Failure> {
         let Some((base, further)) = assignment.copies.split_first() else {
             return Err(Failure::new(Kind::Internal, "no copies"));
         };
+        if let Some(files) = self.base_has_run(&assignment).await? {
+            // The agent was restarted: nothing is left to be copied.
+            self.progress.verified(assignment.data_bytes);
+            for copy in &assignment.copies {
+                self.progress.published(&copy.name);
+            }
+            self.make_vms(&assignment, &files).await?;
+            self.progress.phase(Phase::Done);
+            return Ok(None);
+        }
         self.check_places(&assignment).await?;
+        self.prepare_vms(&assignment).await?;
         let store = self.context.datastore(&base.datastore)?.clone();
         self.progress.phase(Phase::Receiving);
         let mut twins = Vec::new();
@@ -218,15 +232,17 @@ impl Job {
         self.progress.published(&base.name);
         self.progress.phase(Phase::Copying);
         let remembering = self.remember(&assignment, reader.manifest())?;
+        let files: Vec<String> = reader.manifest().files().iter().map(|file| file.name.to_string()).collect();
         self.copy_further(&assignment, base, further, (&reader, twins)).await?;
         if assignment.keep_image {
             self.keep(&assignment, base, reader).await?;
         }
         self.progress.sent(swarm.sent_bytes());
+        tracing::info!(copies = assignment.copies.len(), "all copies are published");
+        self.make_vms(&assignment, &files).await?;
         self.progress.phase(Phase::Done);
         remembering.await?;
-        tracing::info!(copies = assignment.copies.len(), "all copies are published");
-        Ok(swarm)
+        Ok(Some(swarm))
     }
 
     /// Every name is free and every datastore has room for its copies: better to say so before the first byte than after

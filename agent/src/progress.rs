@@ -10,8 +10,11 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use uuid::Uuid;
 use vmcast_common::name::{CopyName, DeploymentId, HostName};
-use vmcast_proto::v1::{DamagedBlocks, DeploymentReport, Failure, LinkUse, deployment_report::Phase};
+use vmcast_proto::v1::{
+    DamagedBlocks, DeploymentReport, Failure, LinkUse, VmState, VmStatus, deployment_report::Phase,
+};
 
 /// Progress in one deployment.
 #[derive(Debug)]
@@ -39,6 +42,8 @@ struct State {
     /// How many blocks of each upstream came damaged, and the last of them.
     damaged: BTreeMap<HostName, (u32, u32)>,
     disk_limit: f64,
+    /// UUID and state of the VM of each copy.
+    vms: BTreeMap<CopyName, (Uuid, VmState)>,
 }
 
 /// What came from one upstream since it was last reported.
@@ -174,6 +179,14 @@ impl Progress {
         self.urgent.notify_one();
     }
 
+    /// How far the VM of a copy is.
+    pub fn vm(&self, name: &CopyName, uuid: Uuid, vm: VmState) {
+        self.change(|s| {
+            s.vms.insert(name.clone(), (uuid, vm));
+        });
+        self.urgent.notify_one();
+    }
+
     /// The revision, once there is something to say.
     pub fn revision(&self) -> Option<u64> {
         let begun = self.state.lock().phase != Phase::Unspecified;
@@ -217,6 +230,13 @@ impl Progress {
                 })
                 .collect(),
             disk_limit: state.disk_limit,
+            vms: (state.vms.iter())
+                .map(|(copy, (uuid, vm))| VmStatus {
+                    copy: copy.to_string(),
+                    uuid: uuid.to_string(),
+                    state: (*vm).into(),
+                })
+                .collect(),
         }
     }
 }

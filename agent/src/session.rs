@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -25,7 +25,7 @@ use vmcast_proto::{
     PROTOCOL_VERSION,
     v1::{
         AgentMessage, AssignCommand, ControllerMessage, DeploymentReport, DropImageCommand, Failure,
-        Heartbeat, HeldImage, Register, ReleaseCommand, Welcome, agent_message,
+        Heartbeat, HeldImage, ImagesReport, Register, ReleaseCommand, Welcome, agent_message,
         agent_session_client::AgentSessionClient, controller_message, deployment_report::Phase,
         failure::Kind,
     },
@@ -190,6 +190,8 @@ impl Session {
         report.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // A new session reports everything again: the controller may have restarted.
         let mut reported: BTreeMap<DeploymentId, u64> = BTreeMap::new();
+        let context = self.context.clone();
+        let _attached = Attached::new(&context);
         loop {
             let next = tokio::select! {
                 command = inbound.message() => {
@@ -204,6 +206,7 @@ impl Session {
                     vec![message(agent_message::Message::Heartbeat(Heartbeat { metrics: Some(metrics), datastores }))]
                 }
                 () = self.context.urgent.notified() => self.reports(&mut reported),
+                () = context.frozen.images_changed.notified() => vec![self.images().await],
                 _ = report.tick() => self.reports(&mut reported),
             };
             for message in next {
@@ -232,6 +235,13 @@ impl Session {
             deployment_ids: deployments.iter().map(ToString::to_string).collect(),
             ..self.register.clone()
         }
+    }
+
+    async fn images(&mut self) -> AgentMessage {
+        let of_store = |store: &Arc<Datastore>| (images::of_store(store), Vec::new());
+        let held = self.held.ask(&self.context.datastores, LIST, of_store).await;
+        let images = held.into_values().flat_map(|(images, _)| images).collect();
+        message(agent_message::Message::ImagesReport(ImagesReport { images }))
     }
 
     async fn welcome(&mut self, inbound: &mut Streaming<ControllerMessage>) -> Result<Welcome, SessionError> {
@@ -322,6 +332,14 @@ impl Session {
                     let _ = outbox.send(message(agent_message::Message::DeploymentReport(report))).await;
                 });
             }
+            Message::Remove(command) => {
+                self.check_epoch(command.epoch)?;
+                let (deployments, outbox) = (self.deployments.clone(), outbox.clone());
+                work.spawn(async move {
+                    let report = deployments.remove(command).await;
+                    let _ = outbox.send(message(agent_message::Message::RemoveReport(report))).await;
+                });
+            }
             Message::DropImage(DropImageCommand { epoch, image_id }) => {
                 self.check_epoch(epoch)?;
                 let Ok(id) = image_id.parse() else { return Ok(()) };
@@ -370,6 +388,22 @@ impl Session {
             }
         }
         messages
+    }
+}
+
+/// There is a session as long as it lives.
+struct Attached<'a>(&'a Context);
+
+impl<'a> Attached<'a> {
+    fn new(context: &'a Context) -> Self {
+        context.frozen.attached.store(true, Ordering::Relaxed);
+        Self(context)
+    }
+}
+
+impl Drop for Attached<'_> {
+    fn drop(&mut self) {
+        self.0.frozen.attached.store(false, Ordering::Relaxed);
     }
 }
 

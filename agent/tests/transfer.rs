@@ -16,6 +16,7 @@ use vmcast_agent::{
     assignment::Assignment,
     datastore::{self, Datastore, ImageCatalog},
     deployments::{Context, Deployments},
+    frozen::FrozenVms,
     peers::Peers,
     serve::{PeerService, Serving},
     transfer::{outgoing::CopyFree, swarm::RateLimit},
@@ -166,6 +167,8 @@ impl Host {
             urgent: Arc::new(Notify::new()),
             compression: true,
             allows_clear_data: true,
+            hypervisor: None,
+            frozen: FrozenVms::default(),
         });
         let deployments = Arc::new(Deployments::new(context.clone(), tasks.clone(), stop.clone()));
         let (faults, mut faulty) = mpsc::channel(4);

@@ -71,7 +71,7 @@ pub(crate) enum Command {
     Deploy(DeployArgs),
     /// List the deployments, newest first
     Deployments,
-    /// Show, watch or cancel a deployment
+    /// Show, watch, cancel or undo a deployment
     #[command(subcommand)]
     Deployment(DeploymentCommand),
     /// Show what happened, and what the engine did about it
@@ -94,7 +94,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
-    /// Make files on a host an image
+    /// Make files on a host, or a VM there, an image
     ///
     /// The files stay where they are and must not change as long as the image is used. The host reads and hashes
     /// them once.
@@ -106,10 +106,13 @@ pub(crate) enum ImageCommand {
         #[arg(long)]
         host: HostName,
         /// Datastore in which they lie
-        #[arg(long, value_name = "DS")]
-        datastore: DatastoreName,
+        #[arg(long, value_name = "DS", required_unless_present = "domain")]
+        datastore: Option<DatastoreName>,
+        /// A VM that the host's hypervisor knows, instead of files; it must be shut off
+        #[arg(long, conflicts_with_all = ["datastore", "files"])]
+        domain: Option<String>,
         /// Paths inside the datastore, relative to it or absolute
-        #[arg(required = true, value_name = "FILE")]
+        #[arg(required_unless_present = "domain", value_name = "FILE")]
         files: Vec<String>,
     },
     /// Forget an image; kept copies of it are deleted, imported files are not touched
@@ -177,6 +180,16 @@ pub(crate) enum DeploymentCommand {
     Cancel {
         /// As `vmcast deployments` lists it
         id: String,
+    },
+    /// Undo an ended deployment: its VMs are stopped and undefined, its copies deleted
+    ///
+    /// Nothing that it did not make is touched. Asks first, unless told --yes.
+    Rm {
+        /// As `vmcast deployments` lists it
+        id: String,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
     },
 }
 

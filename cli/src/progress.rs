@@ -94,7 +94,8 @@ impl Totals {
                 target_status::State::Failed | target_status::State::Cancelled => totals.failed += 1,
                 target_status::State::Unspecified
                 | target_status::State::Waiting
-                | target_status::State::Copying => {}
+                | target_status::State::Copying
+                | target_status::State::Starting => {}
             }
         }
         totals
@@ -117,7 +118,9 @@ impl Totals {
 fn verified(deployment: &v1::Deployment, target: &v1::TargetStatus) -> u64 {
     match target.state() {
         // Whatever came from where: it has them all.
-        target_status::State::Copying | target_status::State::Succeeded => deployment.image_data_bytes,
+        target_status::State::Copying | target_status::State::Starting | target_status::State::Succeeded => {
+            deployment.image_data_bytes
+        }
         _ => target.verified_bytes.min(deployment.image_data_bytes),
     }
 }
@@ -140,6 +143,7 @@ fn state_word(state: target_status::State) -> &'static str {
         target_status::State::Unspecified | target_status::State::Waiting => "waiting",
         target_status::State::Receiving => "receiving",
         target_status::State::Copying => "copying",
+        target_status::State::Starting => "starting",
         target_status::State::Succeeded => "done",
         target_status::State::Failed => "FAILED",
         target_status::State::Cancelled => "cancelled",

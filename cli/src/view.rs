@@ -9,7 +9,9 @@ use prost_types::Timestamp;
 use vmcast_proto::v1;
 
 pub(crate) use self::{
-    deployment::{CancelView, CreatedView, DeploymentView, DeploymentsView, PlanView, WaitView, published},
+    deployment::{
+        CancelView, CreatedView, DeploymentView, DeploymentsView, PlanView, RemovedView, WaitView, published,
+    },
     inventory::{HostView, HostsView, ImageView, ImagesView},
 };
 use crate::format::rfc3339;

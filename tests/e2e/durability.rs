@@ -66,7 +66,7 @@ fn strays(datastore: &Path) -> Result<Vec<String>> {
             let path = entry?.path();
             let name = path.strip_prefix(datastore)?.display().to_string();
             match name.as_str() {
-                ".vmcast/images" | ".vmcast/contents" => {}
+                ".vmcast/images" | ".vmcast/contents" | ".vmcast/copies" => {}
                 ".vmcast/deployments" => todo.push(path),
                 _ => found.push(name),
             }

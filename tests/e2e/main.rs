@@ -11,6 +11,7 @@ mod identity;
 mod lifecycle;
 mod malformed;
 mod refusals;
+mod vms;
 mod wire;
 
 use std::time::Duration;

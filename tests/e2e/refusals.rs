@@ -146,9 +146,9 @@ async fn deployments() -> Result<()> {
         ("unknown clone mode", DeploymentSpec { clone: 99, ..good() }, invalid("clone")),
         ("unknown on_loss", DeploymentSpec { on_loss: 99, ..good() }, invalid("on_loss")),
         (
-            "start, which is not offered",
+            "start, where no host makes VMs",
             DeploymentSpec { start: true, ..good() },
-            refused(Code::Unimplemented, "NOT_OFFERED", "start"),
+            refused(Code::FailedPrecondition, "NO_HYPERVISOR", ""),
         ),
         (
             "linked clones, which are not offered",
@@ -231,6 +231,7 @@ async fn imports() -> Result<()> {
         host: "h0".into(),
         datastore: "ds1".into(),
         files: files.iter().map(|&file| file.to_owned()).collect(),
+        domain: String::new(),
     };
     let one = |file: &str| request("new", &[file]);
     let not_found = |kind: &str| refused(Code::NotFound, &format!("{kind}_NOT_FOUND"), "");

@@ -14,7 +14,7 @@ use vmcast_common::{
 };
 use vmcast_controller::{
     api::{agents, convert},
-    deployment::{Engine, EngineError, Settings},
+    deployment::{Engine, EngineError, ImportOf, Settings},
     store::{self, Store as _},
 };
 use vmcast_proto::v1::{
@@ -99,6 +99,7 @@ fn import() -> pb::ImportImageRequest {
         host: host(0).into(),
         datastore: "d".into(),
         files: vec!["web/web.img".into()],
+        domain: String::new(),
     }
 }
 
@@ -206,7 +207,12 @@ impl Controller {
         let (name, at) =
             (convert::image_name("name", request.name)?, convert::host_name("host", request.host)?);
         let datastore = convert::datastore_name("datastore", request.datastore)?;
-        let import_id = self.engine.import(self.now, name, at.clone(), datastore, request.files)?;
+        let of = if request.domain.is_empty() {
+            ImportOf::Files { datastore, files: request.files }
+        } else {
+            ImportOf::Domain(request.domain)
+        };
+        let import_id = self.engine.import(self.now, name, at.clone(), of)?;
         let report = pb::ImportReport { import_id, image: Some(held()), ..pb::ImportReport::default() };
         let said = agents::said(agent_message::Message::ImportReport(report))?;
         said.tell(&mut self.engine, self.now, &at, 0);

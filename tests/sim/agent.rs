@@ -143,6 +143,7 @@ impl World {
             },
             deployments: deployments.into_iter().collect(),
             allows_clear_data: false,
+            hypervisor: String::new(),
         };
         let wire = Wire {
             host: at,
@@ -200,6 +201,7 @@ impl World {
         let epoch_of = match &command {
             Command::Welcome { epoch, .. }
             | Command::Release { epoch, .. }
+            | Command::Remove { epoch, .. }
             | Command::DropImage { epoch, .. } => Some(*epoch),
             Command::Assign(assign) => Some(assign.epoch),
             Command::Probe { .. } | Command::Import { .. } => None,
@@ -230,7 +232,7 @@ impl World {
             }
             Command::Assign(assign) => self.assign(at, *assign),
             Command::Release { deployment, .. } => self.release(at, session, &deployment),
-            Command::DropImage { .. } => {}
+            Command::DropImage { .. } | Command::Remove { .. } => {}
         }
     }
 
@@ -953,5 +955,6 @@ fn report(id: &DeploymentId, progress: &mut Progress) -> Option<Report> {
             .collect(),
         discarded: progress.discarded.clone(),
         disk_limit: progress.disk_limit,
+        vms: Vec::new(),
     })
 }

@@ -10,8 +10,8 @@ use rand::Rng;
 use vmcast_common::name::{DatastoreName, DeploymentId, FileName, HostName, ImageName};
 use vmcast_controller::{
     deployment::{
-        CloneMode, Command, DataEncryption, Datastore, Engine, Held, ImageFile, Metrics, OnLoss, Priority,
-        Registration, Report, Settings, Spec, Strategy, TargetSpec,
+        CloneMode, Command, DataEncryption, Datastore, Engine, Held, ImageFile, ImportOf, Metrics, OnLoss,
+        Priority, Registration, Report, Settings, Spec, Strategy, TargetSpec,
     },
     store::{self, Store as _},
 };
@@ -109,8 +109,8 @@ impl World {
                 && engine.hosts().filter(|host| host.connected()).count() == self.hosts.len()
             {
                 self.control.import_asked = true;
-                let import =
-                    engine.import(now, image(), self.names[0].clone(), datastore(), vec!["web.img".into()]);
+                let of = ImportOf::Files { datastore: datastore(), files: vec!["web.img".into()] };
+                let import = engine.import(now, image(), self.names[0].clone(), of);
                 if let Err(error) = import {
                     self.checks.fail(format!("the import is refused: {error}"));
                 }
@@ -397,6 +397,9 @@ impl World {
             rate_limit: None,
             priority: Priority::default(),
             data_encryption: DataEncryption::On,
+            define: false,
+            guest_sign: None,
+            cloud_init: None,
         };
         match engine.create(now, id.clone(), spec.clone(), format!("request {at}")) {
             Ok(made) => {

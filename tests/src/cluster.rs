@@ -97,6 +97,12 @@ impl Builder {
         self.host(index, |host| host.args.extend(args))
     }
 
+    /// Further flags of an agent.
+    #[must_use]
+    pub fn agent_args(self, index: usize, args: &[&str]) -> Self {
+        self.host(index, |host| host.args.extend(args.iter().map(|&arg| arg.to_owned())))
+    }
+
     /// Further flags of the controller.
     #[must_use]
     pub fn controller_args(mut self, args: &[&str]) -> Self {
@@ -402,6 +408,7 @@ impl Cluster {
             host: agent.name.clone(),
             datastore: datastore.into(),
             files: source.paths.clone(),
+            domain: String::new(),
         };
         let import = self.operator.try_import(request);
         let image = wait::answer("the import", Duration::from_secs(300), import).await?.map_err(told)?;

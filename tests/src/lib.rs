@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod disk;
 pub mod fake;
 pub mod image;
+pub mod libvirt;
 pub mod lock;
 pub mod netlab;
 pub mod pki;

@@ -14,6 +14,7 @@ use super::{
     folder,
     source::{ImportedImage, SourceFile},
     store::Datastore,
+    vm_source,
 };
 
 pub(super) const IMAGES: &str = "images";
@@ -119,6 +120,9 @@ impl ImageCatalog {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             // First of all: without it the entry does not count, so a crash half-way leaves nothing that looks whole.
             Ok(entry) => {
+                if let Ok(CatalogEntry { kept: false, image, .. }) = self.get(id) {
+                    vm_source::forget(&self.store, &image)?;
+                }
                 folder::remove_file(&entry, META).and_then(|()| folder::sync(&entry)).map_err(fail)?;
             }
             Err(error) => return Err(fail(error)),
@@ -149,8 +153,8 @@ pub(super) fn write_entry(
     folder::write_atomic(entry, META, &serde_json::to_vec_pretty(&meta)?)
 }
 
-/// Removes what is not an entry.
-pub(super) fn sweep(store: &Datastore) -> Result<Vec<String>, StoreError> {
+/// Removes what is not an entry, and what was made for none.
+pub(super) fn sweep(store: &Arc<Datastore>) -> Result<Vec<String>, StoreError> {
     let images = store.state_folder(IMAGES)?;
     let fail = |e| store.fail(&store.state_path(IMAGES), e);
     let mut removed = Vec::new();
@@ -162,5 +166,7 @@ pub(super) fn sweep(store: &Datastore) -> Result<Vec<String>, StoreError> {
             removed.push(store.state_path(&format!("{IMAGES}/{name}")));
         }
     }
+    let used = ImageCatalog::new(Arc::clone(store)).list(|entry| vm_source::folders(store, &entry.image))?;
+    removed.extend(vm_source::sweep(store, &used.into_iter().flatten().collect())?);
     Ok(removed)
 }

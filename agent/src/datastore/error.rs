@@ -54,6 +54,16 @@ pub enum StoreError {
         /// The file, relative to it.
         file: String,
     },
+    /// A virtual machine writes to the file.
+    #[error(
+        "datastore {datastore}: {file} is the disk of a virtual machine that runs: shut it down, and try again"
+    )]
+    InUse {
+        /// The datastore.
+        datastore: String,
+        /// The file, relative to it.
+        file: String,
+    },
     /// What lies in a file is not what was verified when it was written or imported, though nobody seems to have written to it.
     #[error(
         "datastore {datastore}: {file} is damaged: block {block} is not what was verified; check the disk, and import the image again from a good copy"
@@ -93,7 +103,7 @@ impl StoreError {
             Self::Exists { .. } => Kind::Exists,
             Self::Invalid { .. } => Kind::Invalid,
             Self::NoSpace { .. } => Kind::NoSpace,
-            Self::SourceChanged { .. } => Kind::SourceChanged,
+            Self::SourceChanged { .. } | Self::InUse { .. } => Kind::SourceChanged,
             Self::Damaged { .. } => Kind::Damaged,
             Self::Disk { .. } => Kind::Disk,
             Self::Cancelled { .. } => Kind::Internal,

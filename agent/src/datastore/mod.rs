@@ -9,7 +9,10 @@
 //! .vmcast/                                (0700) all else; `.vmcast/hosts/HOST/` where several hosts share the storage
 //!   images/ID/{manifest,meta.json}        images that this host holds whole: see ImageCatalog
 //!   images/ID/files/                      their files, for those that a deployment kept
+//!   frozen/ID                             a VM on a snapshot, since its disks are an image
+//!   sources/IMAGE/                        of an image that was a VM: its definition and what else was no file of the datastore
 //!   contents/ID/{manifest,copies.json}    which copies were made of an image: their blocks may be of use again
+//!   copies/NAME                           which deployment made the copy NAME, and whether a VM was made of it
 //!   deployments/ID/{manifest,map}         what an unfinished base copy should become, and what of it is there: see Staging
 //!   deployments/ID/base/                  the base copy as it arrives
 //!   deployments/ID/copies/NAME/           a further copy in the making: see copy_image and Twin
@@ -26,9 +29,13 @@ mod copy;
 mod error;
 mod extents;
 mod folder;
+mod formats;
+mod frozen;
+mod guard;
 mod hashing;
 pub mod map;
 mod measure;
+mod ownership;
 mod published;
 mod reader;
 mod scan;
@@ -37,11 +44,14 @@ mod staging;
 mod store;
 mod survey;
 mod twin;
+mod vm_source;
 
 pub use catalog::{CatalogEntry, ImageCatalog};
 pub use copy::{CloneMode, CopyRequest, CopyStats, copy_image, keep_image};
 pub use error::StoreError;
+pub use frozen::{FrozenRecord, forget_frozen, frozen, remember_frozen};
 pub use measure::DiskRates;
+pub use ownership::{MadeVm, Owner, add_file, owner, remember_vm, remove_copy, texts};
 pub use published::{deployments, published, published_or_free, release, sweep};
 pub use reader::ImageReader;
 pub use scan::scan;
@@ -50,3 +60,4 @@ pub use staging::Staging;
 pub use store::{Datastore, Reservation, SharedStorage, Usage};
 pub use survey::Survey;
 pub use twin::Twin;
+pub use vm_source::vm_source;

@@ -1,6 +1,6 @@
 //! What a deployment has published, and what remains of deployments that have ended.
 
-use std::{collections::BTreeSet, io};
+use std::{collections::BTreeSet, io, sync::Arc};
 
 use cap_std::fs::Dir;
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use vmcast_common::{
     name::{CopyName, DeploymentId},
 };
 
-use super::{catalog, error::StoreError, folder, store::Datastore};
+use super::{catalog, error::StoreError, folder, ownership, store::Datastore};
 
 const DEPLOYMENTS: &str = "deployments";
 const PUBLISHED: &str = "published";
@@ -68,7 +68,12 @@ pub fn published(
         // Not there, or not a directory.
         Err(_) => false,
     };
-    Ok(there && record.image == image)
+    let published = there && record.image == image;
+    if published && ownership::owner(store, name)?.is_none() {
+        // A crash came between the two.
+        ownership::own(store, deployment, image, name)?;
+    }
+    Ok(published)
 }
 
 fn inode(dir: &Dir) -> io::Result<u64> {
@@ -124,7 +129,9 @@ pub(super) fn publish(
             });
         }
     }
-    folder::sync(store.root()).and_then(|()| folder::sync(parent)).map_err(fail)
+    folder::sync(store.root()).and_then(|()| folder::sync(parent)).map_err(fail)?;
+    // After the rename: under a name that is taken there may be another deployment's record.
+    ownership::own(store, deployment, image, name)
 }
 
 /// Removes what this host keeps of a deployment in a datastore. Published copies stay. Nothing there: nothing done.
@@ -143,7 +150,7 @@ pub fn deployments(store: &Datastore) -> Result<Vec<DeploymentId>, StoreError> {
 
 /// Removes what this host keeps of all deployments but `live`, and what a crash left half-written. Gives the names of what
 /// it removed, relative to the datastore. Call it before any work begins.
-pub fn sweep(store: &Datastore, live: &BTreeSet<DeploymentId>) -> Result<Vec<String>, StoreError> {
+pub fn sweep(store: &Arc<Datastore>, live: &BTreeSet<DeploymentId>) -> Result<Vec<String>, StoreError> {
     let mut removed = Vec::new();
     let deployments = store.state_folder(DEPLOYMENTS)?;
     let fail = |e| store.fail(&store.state_path(DEPLOYMENTS), e);
@@ -162,5 +169,6 @@ pub fn sweep(store: &Datastore, live: &BTreeSet<DeploymentId>) -> Result<Vec<Str
         }
     }
     removed.extend(catalog::sweep(store)?);
+    ownership::sweep(store)?;
     Ok(removed)
 }

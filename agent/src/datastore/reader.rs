@@ -9,7 +9,7 @@ use vmcast_common::{
 
 use super::{
     error::StoreError,
-    folder,
+    folder, guard,
     hashing::read_new,
     source::{ImportedImage, SourceFile, Status},
     store::Datastore,
@@ -29,14 +29,15 @@ pub struct ImageReader {
 }
 
 impl ImageReader {
-    /// Opens an imported or kept image.
+    /// Opens an imported or kept image. No VM can use its files as long as it is open.
     ///
-    /// Fails with `NotFound` or `SourceChanged` if a file is gone or not as it was.
+    /// Fails with `NotFound` or `SourceChanged` if a file is gone or not as it was, with `InUse` if a VM uses it.
     pub fn open(store: &Arc<Datastore>, imported: &ImportedImage) -> Result<Arc<Self>, StoreError> {
         let mut files = Vec::with_capacity(imported.files.len());
         for source in &imported.files {
             let file = folder::open_file(store.root(), &source.path)
                 .map_err(|e| store.fail_opening(&source.path, e))?;
+            guard::forbid_writing(store, &source.path, &file)?;
             files.push((source.clone(), Arc::new(file)));
         }
         Self::new(store, Arc::clone(&imported.manifest), files, false)

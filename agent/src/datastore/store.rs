@@ -15,6 +15,7 @@ use vmcast_common::name::{DatastoreName, HostName};
 use super::{
     error::{StoreError, is_full},
     folder,
+    vm_source::SOURCES,
 };
 
 /// Name of the directory that holds everything but finished copies.
@@ -54,6 +55,12 @@ pub struct Datastore {
     reflink: OnceLock<bool>,
     /// Bytes reserved and not yet written.
     reserved: Mutex<u64>,
+}
+
+/// A file that was made for an image, here or by another host that has the same storage.
+fn is_source(parts: &[std::borrow::Cow<'_, str>]) -> bool {
+    let parts: Vec<&str> = parts.iter().map(AsRef::as_ref).collect();
+    matches!(parts[..], [STATE, SOURCES, _, _] | [STATE, "hosts", _, SOURCES, _, _])
 }
 
 impl Datastore {
@@ -162,6 +169,11 @@ impl Datastore {
         })
     }
 
+    /// Its directory without symbolic links, for programs that are given paths.
+    pub(super) fn canonical(&self) -> &Path {
+        &self.canonical
+    }
+
     pub(super) fn root(&self) -> &Dir {
         &self.root
     }
@@ -181,6 +193,12 @@ impl Datastore {
     /// The folder `name` of the state, made if needed.
     pub(super) fn state_folder(&self, name: &str) -> Result<Dir, StoreError> {
         folder::ensure_folder(&self.state, name, 0o700).map_err(|e| self.fail(&self.state_path(name), e))
+    }
+
+    /// Where an existing file of this host lies in the datastore, relative to it; none: elsewhere.
+    pub fn inside(&self, file: &Path) -> Option<String> {
+        let canonical = file.canonicalize().ok()?;
+        Some(canonical.strip_prefix(&self.canonical).ok()?.to_str()?.to_owned())
     }
 
     /// A path that an operator named, relative to the datastore. `Invalid` if it is not a plain path inside it.
@@ -215,7 +233,7 @@ impl Datastore {
         }
         match parts.first() {
             None => Err(self.invalid(format!("{path:?} names no file"))),
-            Some(first) if first == STATE => Err(self.invalid(format!("{path:?} is vmcast's own"))),
+            Some(first) if first == STATE && !is_source(&parts) => Err(self.invalid(format!("{path:?} is vmcast's own"))),
             Some(_) => Ok(parts.join("/")),
         }
     }

@@ -85,6 +85,10 @@ impl Place {
             for entry in fs::read_dir(dir).unwrap() {
                 let path = entry.unwrap().path();
                 let name = path.strip_prefix(&self.path).unwrap().to_str().unwrap().to_owned();
+                // It is remembered of copies that are there.
+                if name == ".vmcast/copies" {
+                    continue;
+                }
                 if path.is_dir() {
                     todo.push(path);
                 } else {

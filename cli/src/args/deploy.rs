@@ -1,6 +1,6 @@
 //! What to deploy and where: the arguments of `plan` and `deploy`, and the request they make.
 
-use std::str::FromStr;
+use std::{str::FromStr, time::Duration};
 
 use clap::{Args, ValueEnum};
 use vmcast_common::{
@@ -39,9 +39,30 @@ pub(crate) struct SpecArgs {
     /// How further copies are made on a host
     #[arg(long, value_enum, default_value_t = CloneMode::Auto)]
     pub(crate) clone: CloneMode,
-    /// Start each copy as a VM
+    /// Make each copy a VM of its own, known to its host's hypervisor: own name, UUID, MAC addresses
+    #[arg(long)]
+    pub(crate) define: bool,
+    /// Make each copy a VM of its own, and start it
     #[arg(long)]
     pub(crate) start: bool,
+    /// With --start: a guest is up when its agent answers, or when its serial console says TEXT
+    #[arg(long, value_name = "agent|serial:TEXT", requires = "start")]
+    pub(crate) guest_up: Option<GuestUp>,
+    /// How long a guest may take until it is up, such as 2min
+    #[arg(long, value_name = "TIME", requires = "guest_up", value_parser = humantime::parse_duration)]
+    pub(crate) guest_within: Option<Duration>,
+    /// Give each VM a cloud-init seed (`NoCloud`) with its name and UUID
+    #[arg(long)]
+    pub(crate) cloud_init: bool,
+    /// The seed's user-data; {name}, {uuid}, {host}, {image}, {n} and {mac} are replaced
+    #[arg(long, value_name = "FILE")]
+    pub(crate) user_data: Option<TextFile>,
+    /// The seed's meta-data, likewise
+    #[arg(long, value_name = "FILE")]
+    pub(crate) meta_data: Option<TextFile>,
+    /// The seed's network-config, likewise
+    #[arg(long, value_name = "FILE")]
+    pub(crate) network_config: Option<TextFile>,
     /// What becomes of a partial copy when its transfer is given up
     #[arg(long, value_enum, default_value_t = OnLoss::Resume)]
     pub(crate) on_loss: OnLoss,
@@ -127,6 +148,37 @@ pub(crate) enum DataEncryption {
     Off,
 }
 
+/// `--guest-up`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum GuestUp {
+    Agent,
+    Serial(String),
+}
+
+impl FromStr for GuestUp {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "agent" => Ok(Self::Agent),
+            Some(("serial", said)) if !said.is_empty() => Ok(Self::Serial(said.into())),
+            _ => Err("write agent, or serial:TEXT".into()),
+        }
+    }
+}
+
+/// What a file has in it, read when its name is given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TextFile(String);
+
+impl FromStr for TextFile {
+    type Err = String;
+
+    fn from_str(path: &str) -> Result<Self, String> {
+        std::fs::read_to_string(path).map(Self).map_err(|error| format!("cannot read {path}: {error}"))
+    }
+}
+
 /// `--copies`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Copies {
@@ -193,6 +245,18 @@ impl From<&Target> for v1::TargetSpec {
     }
 }
 
+impl SpecArgs {
+    fn cloud_init(&self) -> Option<v1::CloudInit> {
+        let files = [&self.meta_data, &self.user_data, &self.network_config];
+        if !self.cloud_init && files.iter().all(|file| file.is_none()) {
+            return None;
+        }
+        let [meta_data, user_data, network_config] =
+            files.map(|file| file.as_ref().map(|file| file.0.clone()).unwrap_or_default());
+        Some(v1::CloudInit { meta_data, user_data, network_config })
+    }
+}
+
 impl From<&SpecArgs> for v1::DeploymentSpec {
     fn from(args: &SpecArgs) -> Self {
         Self {
@@ -219,6 +283,15 @@ impl From<&SpecArgs> for v1::DeploymentSpec {
             }
             .into(),
             start: args.start,
+            define: args.define,
+            guest_sign: args.guest_up.as_ref().map(|up| v1::GuestSign {
+                within_seconds: args.guest_within.map_or(0, |within| within.as_secs().max(1) as u32),
+                sign: Some(match up {
+                    GuestUp::Agent => v1::guest_sign::Sign::Agent(true),
+                    GuestUp::Serial(text) => v1::guest_sign::Sign::Serial(text.clone()),
+                }),
+            }),
+            cloud_init: args.cloud_init(),
             on_loss: match args.on_loss {
                 OnLoss::Resume => v1::OnLoss::Resume,
                 OnLoss::Discard => v1::OnLoss::Discard,
@@ -278,7 +351,8 @@ mod tests {
         let spec = spec(
             "web --from h1 --to h2 --to h3 --copies 3 --datastores a,b --strategy staged --name-template x-{n} \
              --clone linked --start --on-loss discard --keep-image --rate-limit 8mbit --priority high \
-             --data-encryption off --wait --request-id r",
+             --data-encryption off --wait --request-id r --define --guest-up serial:login: --guest-within 2min \
+             --cloud-init",
         )
         .unwrap();
         let expected = v1::DeploymentSpec {
@@ -297,6 +371,12 @@ mod tests {
             rate_limit: 1_000_000,
             priority: v1::Priority::High.into(),
             data_encryption: v1::DataEncryption::Off.into(),
+            define: true,
+            guest_sign: Some(v1::GuestSign {
+                sign: Some(v1::guest_sign::Sign::Serial("login:".into())),
+                within_seconds: 120,
+            }),
+            cloud_init: Some(v1::CloudInit::default()),
         };
         assert_eq!(spec, expected);
     }
@@ -327,6 +407,10 @@ mod tests {
             ("web --to h1 --copies many", "use 1 to 1000"),
             ("web --to h1 --strategy fast", "pipelined, staged"),
             ("we/b --to h1", "image name"),
+            ("web --to h1 --guest-up agent", "--start"),
+            ("web --to h1 --start --guest-up ssh", "write agent, or serial:TEXT"),
+            ("web --to h1 --start --guest-up serial:", "write agent, or serial:TEXT"),
+            ("web --to h1 --start --user-data /nonexistent", "cannot read /nonexistent"),
         ] {
             let error = spec(line).unwrap_err();
             assert!(error.contains(words), "{line}: {error}");

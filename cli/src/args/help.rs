@@ -80,6 +80,8 @@ it.";
 pub(super) const IMPORT: &str = "\
 Example:
   vmcast image import web-1 --host h1 --datastore ds1 web/disk.qcow2 web/vm.xml
+  vmcast image import web-1 --host h1 --domain web    a libvirt domain that is shut off: its disks,
+                                                      firmware variables and definition
 
 The last component of each path becomes the file's name in the image.";
 

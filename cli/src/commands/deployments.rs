@@ -1,4 +1,4 @@
-//! `deploy`, `deployments`, `deployment show|watch|cancel`.
+//! `deploy`, `deployments`, `deployment show|watch|cancel|rm`.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::{
     format::{count, date, or_dash, percent, seconds},
     output::{Output, row, table},
     progress::Progress,
-    view::{CancelView, CreatedView, DeploymentView, DeploymentsView, WaitView, published},
+    view::{CancelView, CreatedView, DeploymentView, DeploymentsView, RemovedView, WaitView, published},
     watch::{Seen, until_end},
 };
 
@@ -122,8 +122,14 @@ fn end_line(deployment: &v1::Deployment) -> String {
     let wanted: usize = deployment.targets.iter().map(|target| target.copies.len()).sum();
     let reason =
         if deployment.reason.is_empty() { String::new() } else { format!(": {}", deployment.reason) };
+    let first = deployment.time_to_first_vm_seconds;
+    let all = deployment.time_to_all_vms_seconds;
+    let mut vms = if first > 0.0 { format!(", first VM after {}", seconds(first)) } else { String::new() };
+    if all > 0.0 {
+        vms = format!("{vms}, all after {}", seconds(all));
+    }
     format!(
-        "{} after {}: {copies} of {} on {}, {} over the network, {} reused{reason}",
+        "{} after {}: {copies} of {} on {}, {} over the network, {} reused{vms}{reason}",
         deployment.state().as_str_name(),
         seconds(deployment.makespan_seconds),
         count(wanted, "copy", "copies"),
@@ -212,7 +218,46 @@ pub(super) async fn one(context: &Context, command: DeploymentCommand) -> Result
             }
             Ok(Outcome::Done)
         }
+        DeploymentCommand::Rm { id, yes } => {
+            let request = quick(v1::GetDeploymentRequest { id: id.clone() });
+            let deployment = client.deployments.get(request).await?.into_inner();
+            if !yes && !confirmed(&deployment)? {
+                eprint_line("nothing is removed");
+                return Ok(Outcome::Failed);
+            }
+            // Stopping VMs takes its time, and each host has its own limit.
+            let request = v1::RemoveDeploymentRequest { id: id.clone() };
+            let copies = client.deployments.remove(request).await?.into_inner().copies;
+            if out.json {
+                out.json(&RemovedView { id, copies })?;
+            } else {
+                out.line(format_args!("{id} is removed: {}", count(copies as usize, "copy", "copies")))?;
+            }
+            Ok(Outcome::Done)
+        }
     }
+}
+
+/// Asks whether a deployment is to be undone, where somebody can answer.
+fn confirmed(deployment: &v1::Deployment) -> Result<bool, Error> {
+    use std::io::{IsTerminal as _, Write as _, stderr, stdin};
+    if !stdin().is_terminal() {
+        return Err(Error::Usage("nobody can be asked here: add --yes".into()));
+    }
+    let copies = || deployment.targets.iter().flat_map(|target| &target.copies);
+    let vms = copies().filter(|copy| copy.vm() != v1::VmState::Unspecified).count();
+    let question = format!(
+        "Stop and undefine {} and delete {} of {} on {}? [y/N] ",
+        count(vms, "VM", "VMs"),
+        count(copies().filter(|copy| copy.published).count(), "copy", "copies"),
+        deployment.spec.as_ref().map_or("-", |spec| or_dash(&spec.image)),
+        count(deployment.targets.len(), "host", "hosts"),
+    );
+    let mut answer = String::new();
+    // Whoever cannot be asked has not said yes.
+    let asked = stderr().write_all(question.as_bytes()).and_then(|()| stderr().flush());
+    let answered = asked.and_then(|()| stdin().read_line(&mut answer));
+    Ok(answered.is_ok() && matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
 async fn watch_json(out: Output, client: &Client, id: &str) -> Result<Outcome, Error> {

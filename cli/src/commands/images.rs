@@ -19,12 +19,13 @@ use crate::{
 pub(super) async fn change(context: &Context, command: ImageCommand) -> Result<(), Error> {
     let mut client = context.client().await?;
     match command {
-        ImageCommand::Import { name, host, datastore, files } => {
+        ImageCommand::Import { name, host, datastore, domain, files } => {
             let request = v1::ImportImageRequest {
                 name: name.into(),
                 host: host.into(),
-                datastore: datastore.into(),
+                datastore: datastore.map(String::from).unwrap_or_default(),
                 files,
+                domain: domain.unwrap_or_default(),
             };
             let image = import(&mut client, request).await?;
             if context.out.json {

@@ -50,6 +50,7 @@ impl Disk {
             host: layout.source().name.clone(),
             datastore: layout.source().datastores[0].into(),
             files: self.files.iter().map(file).collect(),
+            ..Default::default()
         }
     }
 }

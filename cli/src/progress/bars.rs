@@ -94,6 +94,10 @@ fn message(target: &v1::TargetStatus, left: u64) -> String {
         State::Copying | State::Succeeded => {
             format!("{word}, {} of {} copies", published(target), target.copies.len())
         }
+        State::Starting => {
+            let up = target.copies.iter().filter(|copy| copy.vm() == v1::VmState::VmUp).count();
+            format!("{word}, {up} of {} VMs", target.copies.len())
+        }
         State::Failed => format!("{word}: {}", target.reason),
         State::Unspecified | State::Waiting | State::Cancelled => word.to_owned(),
     };

@@ -98,7 +98,14 @@ impl From<&v1::Deployment> for CancelView {
     }
 }
 
-/// `deploy --wait`: exactly these fields.
+/// `deployment rm`.
+#[derive(Debug, Serialize)]
+pub(crate) struct RemovedView {
+    pub(crate) id: String,
+    pub(crate) copies: u32,
+}
+
+/// `deploy --wait`: exactly these fields; the last two if VMs were started.
 #[derive(Debug, Serialize)]
 pub(crate) struct WaitView {
     id: String,
@@ -108,6 +115,10 @@ pub(crate) struct WaitView {
     bytes_over_network: u64,
     bytes_reused: u64,
     targets: Vec<WaitTarget>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time_to_first_vm_seconds: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time_to_all_vms_seconds: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -134,8 +145,14 @@ impl From<&v1::Deployment> for WaitView {
             bytes_over_network: deployment.bytes_over_network,
             bytes_reused: deployment.bytes_reused,
             targets: deployment.targets.iter().map(target).collect(),
+            time_to_first_vm_seconds: positive(deployment.time_to_first_vm_seconds),
+            time_to_all_vms_seconds: positive(deployment.time_to_all_vms_seconds),
         }
     }
+}
+
+fn positive(seconds: f64) -> Option<f64> {
+    Some(seconds).filter(|seconds| *seconds > 0.0)
 }
 
 /// Copies that are whole and visible.
@@ -173,6 +190,8 @@ pub(crate) struct DeploymentView {
     bytes_reused: u64,
     reason: Option<String>,
     revision: u64,
+    time_to_first_vm_seconds: Option<f64>,
+    time_to_all_vms_seconds: Option<f64>,
     targets: Vec<TargetView>,
     plan: Option<PlanView>,
 }
@@ -198,6 +217,9 @@ struct PlacementView {
     name: String,
     datastore: String,
     published: bool,
+    vm: Option<&'static str>,
+    uuid: Option<String>,
+    up_after_seconds: Option<f64>,
 }
 
 impl From<&v1::Deployment> for DeploymentView {
@@ -227,6 +249,8 @@ impl From<&v1::Deployment> for DeploymentView {
             bytes_reused: deployment.bytes_reused,
             reason: some(&deployment.reason),
             revision: deployment.revision,
+            time_to_first_vm_seconds: positive(deployment.time_to_first_vm_seconds),
+            time_to_all_vms_seconds: positive(deployment.time_to_all_vms_seconds),
             targets: deployment.targets.iter().map(Into::into).collect(),
             plan: deployment.plan.as_ref().map(Into::into),
         }
@@ -239,6 +263,9 @@ impl From<&v1::TargetStatus> for TargetView {
             name: copy.name.clone(),
             datastore: copy.datastore.clone(),
             published: copy.published,
+            vm: (copy.vm() != v1::VmState::Unspecified).then(|| copy.vm().as_str_name()),
+            uuid: some(&copy.uuid),
+            up_after_seconds: positive(copy.up_after_seconds),
         };
         Self {
             host: target.host.clone(),
@@ -250,7 +277,7 @@ impl From<&v1::TargetStatus> for TargetView {
             reused_bytes: target.reused_bytes,
             sent_bytes: target.sent_bytes,
             rate_bytes_per_second: target.rate_bytes_per_second,
-            finished_after_seconds: Some(target.finished_after_seconds).filter(|seconds| *seconds > 0.0),
+            finished_after_seconds: positive(target.finished_after_seconds),
             reason: some(&target.reason),
             placements: target.copies.iter().map(placement).collect(),
         }

@@ -7,6 +7,7 @@ fn deployment() -> v1::Deployment {
         name: format!("web-h2-{n}"),
         datastore: "ds1".into(),
         published,
+        ..Default::default()
     };
     v1::Deployment {
         id: "d1".into(),

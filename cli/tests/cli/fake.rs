@@ -44,6 +44,8 @@ pub(crate) struct Script {
     pub(crate) get: v1::Deployment,
     /// The requests that `Create` had.
     pub(crate) created: Vec<v1::CreateDeploymentRequest>,
+    /// The ids that `Remove` was asked for.
+    pub(crate) removed: Vec<String>,
 }
 
 /// The next answer; the last one stays.
@@ -79,6 +81,14 @@ impl Deployments for Service {
 
     async fn cancel(&self, _: Request<v1::CancelDeploymentRequest>) -> Answer<v1::Deployment> {
         Ok(Response::new(self.0.lock().unwrap().get.clone()))
+    }
+
+    async fn remove(
+        &self,
+        request: Request<v1::RemoveDeploymentRequest>,
+    ) -> Answer<v1::RemoveDeploymentResponse> {
+        self.0.lock().unwrap().removed.push(request.into_inner().id);
+        Ok(Response::new(v1::RemoveDeploymentResponse { copies: 6 }))
     }
 
     type WatchStream = ReceiverStream<Result<v1::Deployment, Status>>;

@@ -25,7 +25,12 @@ fn deployment(state: State, revision: u64) -> v1::Deployment {
         targets: vec![v1::TargetStatus {
             host: "h2".into(),
             state: target.into(),
-            copies: vec![v1::CopyStatus { name: "w".into(), datastore: "ds1".into(), published: done }],
+            copies: vec![v1::CopyStatus {
+                name: "w".into(),
+                datastore: "ds1".into(),
+                published: done,
+                ..Default::default()
+            }],
             ..Default::default()
         }],
         revision,
@@ -206,6 +211,21 @@ async fn nobody_there_and_no_certificates_are_told_with_the_remedy() {
     assert_eq!(error["code"], "CONNECTION");
     let message = error["message"].as_str().unwrap();
     assert!(message.starts_with("controller at 127.0.0.1:1 cannot be reached"), "{message}");
+}
+
+#[tokio::test]
+async fn nothing_is_removed_unless_somebody_said_yes() {
+    let mut script = script(Vec::new());
+    script.get = deployment(State::Succeeded, 1);
+    let fake = Fake::start(script).await;
+    let ran = run(fake.command("deployment rm d1")).await;
+    assert_eq!(ran.code, 2);
+    assert!(ran.stderr.contains("--yes"), "{}", ran.stderr);
+    assert!(fake.script().removed.is_empty());
+    let ran = run(fake.command("deployment rm d1 --yes --json")).await;
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert_eq!(one_object(&ran.stdout)["copies"], 6);
+    assert_eq!(fake.script().removed, ["d1"]);
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use vmcast_proto::v1::{
 use super::convert;
 use crate::deployment::{
     Assign, Base, Command, Damage, Datastore, Engine, EngineError, FailureKind, Fault, Held, ImageFile,
-    LinkUse, Metrics, Phase, Registration, Report, Settings,
+    ImportOf, LinkUse, Metrics, Phase, Registration, Report, Settings, VmOrder, VmState,
 };
 
 /// Most datastores, images or deployments of one agent: far above any real host, far below what would hurt.
@@ -50,7 +50,18 @@ pub fn registration(host: HostName, register: pb::Register) -> Result<Registrati
         images,
         deployments,
         allows_clear_data: register.allows_clear_data,
+        hypervisor: hypervisor(register.hypervisor)?,
     })
+}
+
+/// Longest name of a driver.
+const MOST_DRIVER_NAME: usize = 63;
+
+fn hypervisor(name: String) -> Result<String, EngineError> {
+    if name.len() <= MOST_DRIVER_NAME && name.chars().all(|c| c.is_ascii_alphanumeric()) {
+        return Ok(name);
+    }
+    Err(EngineError::invalid("register.hypervisor", "it is not the name of a driver"))
 }
 
 fn count(field: &str, count: usize) -> Result<(), EngineError> {
@@ -128,6 +139,17 @@ pub enum Said {
     },
     /// Its progress in a deployment, and what came damaged.
     Report(Report, Vec<Damage>),
+    /// The images that it holds now.
+    Images(Vec<Held>),
+    /// What it has done to undo a deployment.
+    Removed {
+        /// The deployment.
+        deployment: DeploymentId,
+        /// Copies that are gone.
+        removed: Vec<(DatastoreName, CopyName)>,
+        /// Why others are not.
+        fault: Option<Fault>,
+    },
 }
 
 /// A message of an agent that has registered.
@@ -164,6 +186,23 @@ pub fn said(message: agent_message::Message) -> Result<Said, EngineError> {
             let damage = damage(&report.damaged)?;
             Said::Report(self::report(report)?, damage)
         }
+        Message::ImagesReport(pb::ImagesReport { images }) => {
+            count("images", images.len())?;
+            Said::Images(images.into_iter().map(held).collect::<Result<_, _>>()?)
+        }
+        Message::RemoveReport(pb::RemoveReport { deployment_id, removed, failure }) => {
+            let copy = |copy: pb::CopyPlacement| {
+                Ok((
+                    convert::datastore_name("remove_report.removed.datastore", copy.datastore)?,
+                    convert::name("remove_report.removed.name", copy.name, CopyName::new)?,
+                ))
+            };
+            Said::Removed {
+                deployment: convert::deployment_id("remove_report.deployment_id", deployment_id)?,
+                removed: removed.into_iter().map(copy).collect::<Result<_, EngineError>>()?,
+                fault: failure.map(fault),
+            }
+        }
     })
 }
 
@@ -178,6 +217,10 @@ impl Said {
                 // First: the report may end the deployment, and this is why.
                 engine.damage(now, host, session, &report.deployment, &damage);
                 engine.report(now, host, session, &report);
+            }
+            Self::Images(images) => engine.images_report(now, host, session, images),
+            Self::Removed { deployment, removed, fault } => {
+                engine.removal_report(now, host, &deployment, &removed, fault.as_ref());
             }
         }
     }
@@ -217,6 +260,7 @@ fn fault(failure: pb::Failure) -> Fault {
         failure::Kind::Disk => FailureKind::Disk,
         failure::Kind::Damaged => FailureKind::Damaged,
         failure::Kind::Network => FailureKind::Network,
+        failure::Kind::Hypervisor => FailureKind::Hypervisor,
         failure::Kind::Internal | failure::Kind::Unspecified => FailureKind::Internal,
     };
     Fault { kind, message: failure.message, at_host: HostName::new(failure.at_host).ok() }
@@ -237,6 +281,7 @@ fn report(report: pb::DeploymentReport) -> Result<Report, EngineError> {
         deployment_report::Phase::Serving => Phase::Serving,
         deployment_report::Phase::Receiving => Phase::Receiving,
         deployment_report::Phase::Copying => Phase::Copying,
+        deployment_report::Phase::Starting => Phase::Starting,
         deployment_report::Phase::Done => Phase::Done,
         deployment_report::Phase::Failed => Phase::Failed,
         deployment_report::Phase::Released => Phase::Released,
@@ -252,6 +297,23 @@ fn report(report: pb::DeploymentReport) -> Result<Report, EngineError> {
             limit: Some(rate(used.limit)).filter(|limit| *limit > 0.0),
         })
     };
+    let vms = report.vms.into_iter().filter_map(|vm| {
+        let state = match vm.state() {
+            pb::VmState::Unspecified => return None,
+            pb::VmState::VmDefined => VmState::Defined,
+            pb::VmState::VmRunning => VmState::Running,
+            pb::VmState::VmUp => VmState::Up,
+            pb::VmState::VmFailed => VmState::Failed,
+        };
+        Some((vm.copy, vm.uuid, state))
+    });
+    let vm = |(copy, uuid, state): (String, String, VmState)| {
+        let uuid = uuid.parse().map_err(|_| {
+            EngineError::invalid("deployment_report.vms.uuid", format!("{uuid:?} is not a UUID"))
+        })?;
+        Ok((convert::name("deployment_report.vms.copy", copy, CopyName::new)?, uuid, state))
+    };
+    let vms = vms.map(vm).collect::<Result<_, EngineError>>()?;
     let published = report
         .published
         .into_iter()
@@ -274,6 +336,7 @@ fn report(report: pb::DeploymentReport) -> Result<Report, EngineError> {
         discarded: report.discarded,
         links: report.links.into_iter().map(link).collect::<Result<_, EngineError>>()?,
         disk_limit: Some(rate(report.disk_limit)).filter(|limit| *limit > 0.0),
+        vms,
     })
 }
 
@@ -293,21 +356,46 @@ pub fn command(command: Command, settings: &Settings) -> pb::ControllerMessage {
             max_bytes,
             max_milliseconds: max_time.as_millis() as u32,
         }),
-        Command::Import { id, name, datastore, files } => Message::Import(pb::ImportCommand {
-            import_id: id,
-            name: name.into(),
-            datastore: datastore.into(),
-            files,
-        }),
+        Command::Import { id, name, of } => {
+            let (datastore, files, domain) = match of {
+                ImportOf::Files { datastore, files } => (datastore.into(), files, String::new()),
+                ImportOf::Domain(domain) => (String::new(), Vec::new(), domain),
+            };
+            Message::Import(pb::ImportCommand { import_id: id, name: name.into(), datastore, files, domain })
+        }
         Command::Assign(assign) => Message::Assign(assignment(*assign)),
         Command::Release { epoch, deployment, discard } => {
             Message::Release(pb::ReleaseCommand { epoch, deployment_id: deployment.into(), discard })
         }
+        Command::Remove { epoch, deployment, copies, vms } => Message::Remove(pb::RemoveCommand {
+            epoch,
+            deployment_id: deployment.into(),
+            copies: placements(copies),
+            vms,
+        }),
         Command::DropImage { epoch, image_id } => {
             Message::DropImage(pb::DropImageCommand { epoch, image_id })
         }
     };
     pb::ControllerMessage { message: Some(message) }
+}
+
+fn placements(copies: Vec<(DatastoreName, CopyName)>) -> Vec<pb::CopyPlacement> {
+    let placement = |(datastore, name): (DatastoreName, CopyName)| pb::CopyPlacement {
+        datastore: datastore.into(),
+        name: name.into(),
+    };
+    copies.into_iter().map(placement).collect()
+}
+
+fn vm_order(order: VmOrder) -> pb::VmOrder {
+    pb::VmOrder {
+        start: order.start,
+        identity_seed: order.identity_seed,
+        base_free: order.base_free,
+        guest_sign: order.guest_sign.as_ref().map(convert::guest_sign),
+        cloud_init: order.cloud_init.as_ref().map(convert::cloud_init),
+    }
 }
 
 fn assignment(assign: Assign) -> pb::AssignCommand {
@@ -345,11 +433,7 @@ fn assignment(assign: Assign) -> pb::AssignCommand {
                 link_key: peer.link_key.map(|key| key.as_bytes().to_vec().into()).unwrap_or_default(),
             })
             .collect(),
-        copies: assign
-            .copies
-            .into_iter()
-            .map(|(datastore, name)| pb::CopyPlacement { datastore: datastore.into(), name: name.into() })
-            .collect(),
+        copies: placements(assign.copies),
         base,
         clone: convert::clone_mode(assign.clone).into(),
         keep_image: assign.keep_image,
@@ -357,5 +441,6 @@ fn assignment(assign: Assign) -> pb::AssignCommand {
         rate_limit: assign.rate_limit.unwrap_or_default(),
         priority: convert::priority(assign.priority).into(),
         data_encryption: convert::data_encryption(assign.data_encryption).into(),
+        vms: assign.vms.map(vm_order),
     }
 }

@@ -8,8 +8,9 @@ use vmcast_proto::v1 as pb;
 
 use crate::{
     deployment::{
-        CloneMode, DataEncryption, DatastoreCopies, Deployment, EngineError, Event, Host, Image, ImageFile,
-        OnLoss, PlanView, Priority, Spec, State, Strategy, Target, TargetSpec, TargetState,
+        CloneMode, CloudInit, DataEncryption, DatastoreCopies, Deployment, EngineError, Event, GuestSign,
+        Host, Image, ImageFile, OnLoss, PlanView, Priority, Sign, Spec, State, Strategy, Target, TargetSpec,
+        TargetState, VmState,
     },
     matrix::{LinkSource, Row},
 };
@@ -115,7 +116,45 @@ pub fn spec(spec: pb::DeploymentSpec) -> Result<Spec, EngineError> {
         rate_limit: (spec.rate_limit > 0).then_some(spec.rate_limit),
         priority,
         data_encryption,
+        define: spec.define,
+        guest_sign: spec.guest_sign.map(guest_sign_of),
+        cloud_init: spec.cloud_init.map(|texts| CloudInit {
+            meta_data: texts.meta_data,
+            user_data: texts.user_data,
+            network_config: texts.network_config,
+        }),
     })
+}
+
+fn guest_sign_of(sign: pb::GuestSign) -> GuestSign {
+    use pb::guest_sign::Sign as Message;
+    let within_seconds = sign.within_seconds;
+    let sign = match sign.sign {
+        None | Some(Message::Agent(false)) => Sign::Running,
+        Some(Message::Agent(true)) => Sign::Agent,
+        Some(Message::Serial(text)) => Sign::Serial(text),
+    };
+    GuestSign { sign, within_seconds }
+}
+
+/// How it is told that a guest is up, as a message.
+pub(super) fn guest_sign(sign: &GuestSign) -> pb::GuestSign {
+    use pb::guest_sign::Sign as Message;
+    let message = match &sign.sign {
+        Sign::Running => None,
+        Sign::Agent => Some(Message::Agent(true)),
+        Sign::Serial(text) => Some(Message::Serial(text.clone())),
+    };
+    pb::GuestSign { within_seconds: sign.within_seconds, sign: message }
+}
+
+/// Texts of a cloud-init seed, as a message.
+pub(super) fn cloud_init(texts: &CloudInit) -> pb::CloudInit {
+    pb::CloudInit {
+        meta_data: texts.meta_data.clone(),
+        user_data: texts.user_data.clone(),
+        network_config: texts.network_config.clone(),
+    }
 }
 
 fn target_spec(index: usize, target: pb::TargetSpec) -> Result<TargetSpec, EngineError> {
@@ -157,6 +196,9 @@ fn spec_message(spec: &Spec) -> pb::DeploymentSpec {
         rate_limit: spec.rate_limit.unwrap_or_default(),
         priority: priority(spec.priority).into(),
         data_encryption: data_encryption(spec.data_encryption).into(),
+        define: spec.define,
+        guest_sign: spec.guest_sign.as_ref().map(guest_sign),
+        cloud_init: spec.cloud_init.as_ref().map(cloud_init),
     }
 }
 
@@ -245,6 +287,9 @@ pub fn deployment(deployment: &Deployment, now: Duration) -> pb::Deployment {
         State::Failed => pb::deployment::State::Failed,
         State::Cancelled => pb::deployment::State::Cancelled,
     };
+    let (first_up, all_up) = deployment.vms_up();
+    let after =
+        |at: Option<Duration>| at.map_or(0.0, |at| at.saturating_sub(deployment.created_at).as_secs_f64());
     let total = |of: fn(&Target) -> u64| deployment.targets.values().map(of).fold(0, u64::saturating_add);
     pb::Deployment {
         id: deployment.id.to_string(),
@@ -263,6 +308,8 @@ pub fn deployment(deployment: &Deployment, now: Duration) -> pb::Deployment {
         targets: deployment.in_order().into_iter().map(|it| target(it, deployment.created_at)).collect(),
         reason: deployment.reason.clone(),
         revision: deployment.revision,
+        time_to_first_vm_seconds: after(first_up),
+        time_to_all_vms_seconds: after(all_up),
     }
 }
 
@@ -276,6 +323,7 @@ fn target(target: &Target, created_at: Duration) -> pb::TargetStatus {
         TargetState::Waiting => pb::target_status::State::Waiting,
         TargetState::Receiving => pb::target_status::State::Receiving,
         TargetState::Copying => pb::target_status::State::Copying,
+        TargetState::Starting => pb::target_status::State::Starting,
         TargetState::Succeeded => pb::target_status::State::Succeeded,
         TargetState::Failed => pb::target_status::State::Failed,
         TargetState::Cancelled => pb::target_status::State::Cancelled,
@@ -284,6 +332,10 @@ fn target(target: &Target, created_at: Duration) -> pb::TargetStatus {
         name: copy.name.to_string(),
         datastore: copy.datastore.to_string(),
         published: copy.published,
+        vm: copy.vm.as_ref().map_or(pb::VmState::Unspecified, |vm| vm_state(vm.state)).into(),
+        uuid: copy.vm.as_ref().map(|vm| vm.uuid.to_string()).unwrap_or_default(),
+        up_after_seconds: (copy.vm.as_ref().and_then(|vm| vm.up_at))
+            .map_or(0.0, |at| at.saturating_sub(created_at).as_secs_f64()),
     });
     let finished = target.finished_at.map_or(Duration::ZERO, |at| at.saturating_sub(created_at));
     pb::TargetStatus {
@@ -297,6 +349,15 @@ fn target(target: &Target, created_at: Duration) -> pb::TargetStatus {
         rate_bytes_per_second: target.rate,
         reason: target.reason.clone(),
         finished_after_seconds: finished.as_secs_f64(),
+    }
+}
+
+fn vm_state(state: VmState) -> pb::VmState {
+    match state {
+        VmState::Defined => pb::VmState::VmDefined,
+        VmState::Running => pb::VmState::VmRunning,
+        VmState::Up => pb::VmState::VmUp,
+        VmState::Failed => pb::VmState::VmFailed,
     }
 }
 
@@ -368,6 +429,7 @@ pub fn host(host: &Host) -> pb::Host {
         metrics: Some(metrics),
         last_seen: Some(timestamp(host.last_seen)),
         allows_clear_data: host.allows_clear_data,
+        hypervisor: host.hypervisor.clone(),
     }
 }
 

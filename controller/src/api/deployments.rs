@@ -87,6 +87,41 @@ impl Deployments for DeploymentsApi {
         Ok(Response::new(cancelled.await??))
     }
 
+    async fn remove(
+        &self,
+        request: Request<pb::RemoveDeploymentRequest>,
+    ) -> Result<Response<pb::RemoveDeploymentResponse>, Status> {
+        operator(&request, "Deployments.Remove")?;
+        let id = convert::deployment_id("id", request.into_inner().id)?;
+        let Context { handle, cancel, .. } = self.0.clone();
+        let mut revision = handle.revision();
+        let asked = id.clone();
+        handle.call(move |core, now| core.engine.remove(now, &asked)).await??;
+        loop {
+            revision.mark_unchanged();
+            let asked = id.clone();
+            let removal = handle.call(move |core, _| core.engine.removal_status(&asked)).await?;
+            match removal.map(|removal| removal.outcome) {
+                Some(None) => {}
+                Some(Some(outcome)) => {
+                    return Ok(Response::new(pb::RemoveDeploymentResponse { copies: outcome? }));
+                }
+                // Another caller was told.
+                None => {
+                    let gone = handle.call(move |core, _| core.engine.deployment(&id).is_err()).await?;
+                    if gone {
+                        return Ok(Response::new(pb::RemoveDeploymentResponse { copies: 0 }));
+                    }
+                    return Err(Status::aborted("somebody else removes this deployment: try again"));
+                }
+            }
+            tokio::select! {
+                changed = revision.changed() => changed.map_err(|_| super::stopping())?,
+                () = cancel.cancelled() => return Err(super::stopping()),
+            }
+        }
+    }
+
     async fn watch(
         &self,
         request: Request<pb::WatchDeploymentRequest>,

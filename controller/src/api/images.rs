@@ -10,6 +10,7 @@ use vmcast_common::status;
 use vmcast_proto::v1::{self as pb, images_server::Images};
 
 use super::{Context, Step, Stream, convert, operator, reader};
+use crate::deployment::ImportOf;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -24,12 +25,17 @@ impl Images for ImagesApi {
         request: Request<pb::ImportImageRequest>,
     ) -> Result<Response<Self::ImportStream>, Status> {
         operator(&request, "Images.Import")?;
-        let pb::ImportImageRequest { name, host, datastore, files } = request.into_inner();
+        let pb::ImportImageRequest { name, host, datastore, files, domain } = request.into_inner();
         let name = convert::image_name("name", name)?;
         let host = convert::host_name("host", host)?;
-        let datastore = convert::datastore_name("datastore", datastore)?;
-        let import =
-            self.0.handle.call(move |core, now| core.engine.import(now, name, host, datastore, files));
+        let of = if domain.is_empty() {
+            ImportOf::Files { datastore: convert::datastore_name("datastore", datastore)?, files }
+        } else if datastore.is_empty() && files.is_empty() {
+            ImportOf::Domain(domain)
+        } else {
+            return Err(status::invalid("domain", "give either a datastore and files, or a domain"));
+        };
+        let import = self.0.handle.call(move |core, now| core.engine.import(now, name, host, of));
         let id = import.await??;
         let seen = Arc::new(AtomicU64::new(0));
         let stream = self.0.watch(move |handle| {

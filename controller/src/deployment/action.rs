@@ -10,7 +10,7 @@ use vmcast_common::{
 
 use super::{
     model::Base,
-    spec::{CloneMode, DataEncryption, OnLoss, Priority},
+    spec::{CloneMode, CloudInit, DataEncryption, GuestSign, OnLoss, Priority},
 };
 
 /// A message to an agent.
@@ -42,10 +42,8 @@ pub enum Command {
         id: u64,
         /// The image's name.
         name: ImageName,
-        /// Where the files are.
-        datastore: DatastoreName,
-        /// Their paths.
-        files: Vec<String>,
+        /// What it is made of.
+        of: ImportOf,
     },
     /// The host's part in a deployment.
     Assign(Box<Assign>),
@@ -58,6 +56,17 @@ pub enum Command {
         /// Delete what is unfinished.
         discard: bool,
     },
+    /// Undo what an ended deployment has made on the host.
+    Remove {
+        /// Of this controller.
+        epoch: u64,
+        /// The deployment.
+        deployment: DeploymentId,
+        /// Its copies there.
+        copies: Vec<(DatastoreName, CopyName)>,
+        /// VMs were made of them.
+        vms: bool,
+    },
     /// Forget an image.
     DropImage {
         /// Of this controller.
@@ -65,6 +74,20 @@ pub enum Command {
         /// The image.
         image_id: String,
     },
+}
+
+/// What an image is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImportOf {
+    /// Files of a datastore.
+    Files {
+        /// Where they are.
+        datastore: DatastoreName,
+        /// Their paths.
+        files: Vec<String>,
+    },
+    /// A VM that the host's hypervisor knows.
+    Domain(String),
 }
 
 /// The whole of a host's part in a deployment.
@@ -102,6 +125,23 @@ pub struct Assign {
     pub priority: Priority,
     /// Whether blocks are encrypted on their way.
     pub data_encryption: DataEncryption,
+    /// VMs to make of the copies.
+    pub vms: Option<VmOrder>,
+}
+
+/// VMs to make of a host's copies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmOrder {
+    /// Start them.
+    pub start: bool,
+    /// What their identities are made of.
+    pub identity_seed: String,
+    /// The base may be started.
+    pub base_free: bool,
+    /// How it is told that a guest is up.
+    pub guest_sign: Option<GuestSign>,
+    /// A cloud-init seed for each.
+    pub cloud_init: Option<CloudInit>,
 }
 
 /// How a host reaches another.

@@ -10,7 +10,7 @@ use vmcast_common::name::{DeploymentId, HostName};
 
 use super::{
     Engine,
-    action::{Assign, Changed, Command, Peer},
+    action::{Assign, Changed, Command, Peer, VmOrder},
     model::{Assignment, Base, Deployment, Origin, State, Stripe, Target, TargetState},
     run::published,
     spec::Strategy,
@@ -107,6 +107,17 @@ impl Engine {
             rate_limit: deployment.spec.rate_limit,
             priority: deployment.spec.priority,
             data_encryption: deployment.spec.data_encryption,
+            vms: (deployment.spec.makes_vms() && !assignment.copies.is_empty()).then(|| VmOrder {
+                start: deployment.spec.start,
+                identity_seed: if deployment.request_id.is_empty() {
+                    id.to_string()
+                } else {
+                    deployment.request_id.clone()
+                },
+                base_free: assignment.base_free,
+                guest_sign: deployment.spec.guest_sign.clone(),
+                cloud_init: deployment.spec.cloud_init.clone(),
+            }),
         };
         self.send(host, Command::Assign(Box::new(assign)));
     }
@@ -194,10 +205,14 @@ impl Engine {
 /// What each host should be told now; versions are 0. Hosts without an entry are told nothing new.
 pub(super) fn desired(deployment: &Deployment) -> BTreeMap<HostName, Assignment> {
     let mut want: BTreeMap<HostName, Assignment> = BTreeMap::new();
+    // Whoever is whole stays whole: what is free is never needed again.
+    let base_free = deployment.spec.start
+        && deployment.targets.values().all(|target| target.state.ended() || target.whole());
     for target in deployment.in_order() {
         let Some(base) = base_of(deployment, target) else { continue };
         let copies = target.copies.iter().map(|copy| (copy.datastore.clone(), copy.name.clone())).collect();
-        let assignment = Assignment { version: 0, serve_to: BTreeSet::new(), copies, base: Some(base) };
+        let assignment =
+            Assignment { version: 0, serve_to: BTreeSet::new(), copies, base: Some(base), base_free };
         want.insert(target.host.clone(), assignment);
     }
     let pulls: Vec<(HostName, BTreeSet<HostName>)> =
@@ -209,6 +224,7 @@ pub(super) fn desired(deployment: &Deployment) -> BTreeMap<HostName, Assignment>
                 serve_to: BTreeSet::new(),
                 copies: Vec::new(),
                 base: None,
+                base_free: false,
             });
             serving.serve_to.insert(receiver.clone());
         }

@@ -28,6 +28,7 @@ impl Engine {
     pub fn tick(&mut self, now: Duration) {
         self.check_imports(now);
         self.check_probes(now);
+        self.check_removals(now);
         let live: Vec<DeploymentId> = self
             .deployments
             .values()
@@ -123,6 +124,8 @@ impl Engine {
             .in_order()
             .into_iter()
             .filter(|target| !target.state.ended() && target.assignment.is_some() && target.feed_or_shared())
+            // Its agent waits for VMs as long as the request says, and tells.
+            .filter(|target| target.state != TargetState::Starting)
             .filter(|target| self.connected(&target.host))
             .filter_map(|target| {
                 // A target may copy once per datastore and copy; each publication counts as progress.

@@ -15,7 +15,7 @@ use super::{
     image::Image,
     links::{plan_error, view},
     model::{Deployment, ImageRef, Origin, PlanLocal, PlanView, State, Target, TargetState},
-    spec::{CloneMode, DataEncryption, Spec},
+    spec::{CloneMode, DataEncryption, GuestSign, Sign, Spec},
 };
 use crate::placement::local_steps;
 
@@ -23,6 +23,14 @@ use crate::placement::local_steps;
 const MOST_TARGETS: usize = 1_000;
 /// Longest request id.
 const MOST_REQUEST_ID: usize = 128;
+/// Longest that a guest may take until it is up, in seconds.
+const MOST_UP_SECONDS: u32 = 3_600;
+/// Longest text that is looked for on a console, in characters.
+const MOST_SERIAL_SIGN: usize = 200;
+/// Longest text for cloud-init, in bytes.
+const MOST_CLOUD_INIT: usize = 256 * 1024;
+/// Name of the driver that needs a domain definition.
+const LIBVIRT: &str = "libvirt";
 
 /// A request that can be carried out.
 #[derive(Debug)]
@@ -147,9 +155,7 @@ impl Engine {
     }
 
     fn draft(&self, spec: &Spec) -> Result<Draft, EngineError> {
-        if spec.start {
-            return Err(unimplemented("start", "copies are not started yet: leave start out"));
-        }
+        check_vms(spec)?;
         if spec.clone == CloneMode::Linked {
             return Err(unimplemented(
                 "clone",
@@ -164,6 +170,7 @@ impl Engine {
         }
         let image = self.image(&spec.image)?;
         self.check_targets(spec)?;
+        self.check_hypervisors(spec, image)?;
         let (source, holders) = self.choose_source(spec, image)?;
         let placed = self.place(spec, &source, image)?;
         let image = ImageRef {
@@ -194,6 +201,33 @@ impl Engine {
                 return Err(EngineError::invalid(field, message));
             }
             self.usable(spec, &target.host)?;
+        }
+        Ok(())
+    }
+
+    /// Every target can make VMs of this image, as far as that can be told from here.
+    fn check_hypervisors(&self, spec: &Spec, image: &Image) -> Result<(), EngineError> {
+        if !spec.makes_vms() {
+            return Ok(());
+        }
+        for target in &spec.targets {
+            let host = self.host(&target.host)?;
+            if host.hypervisor.is_empty() {
+                let message = format!(
+                    "host {} makes no VMs of copies: start its agent with --hypervisor, or deploy without define and start",
+                    host.name
+                );
+                return Err(EngineError::precondition(Reason::NoHypervisor, Some(&host.name), message));
+            }
+            let described = image.files.iter().any(|file| file.name.as_str().strip_suffix(".xml").is_some());
+            if host.hypervisor == LIBVIRT && !described {
+                let message = format!(
+                    "image {} has no domain definition, and libvirt on {} needs one: import it with a file NAME.xml, as \
+                     `virsh dumpxml --inactive` prints it",
+                    image.name, host.name
+                );
+                return Err(EngineError::invalid("image", message));
+            }
         }
         Ok(())
     }
@@ -266,6 +300,46 @@ impl Engine {
             return Err(EngineError::precondition(Reason::ClearData, Some(name), message));
         }
         Ok(())
+    }
+}
+
+fn check_vms(spec: &Spec) -> Result<(), EngineError> {
+    if let Some(GuestSign { sign, within_seconds }) = &spec.guest_sign {
+        if !spec.start {
+            return Err(EngineError::invalid(
+                "guest_sign",
+                "a guest that is not started gives no sign: set start",
+            ));
+        }
+        if *within_seconds > MOST_UP_SECONDS {
+            let message = format!("{within_seconds} s; at most {MOST_UP_SECONDS}");
+            return Err(EngineError::invalid("guest_sign.within_seconds", message));
+        }
+        if let Sign::Serial(text) = sign
+            && !(1..=MOST_SERIAL_SIGN).contains(&text.chars().count())
+        {
+            let message = format!(
+                "the text has {} characters; it must be 1 to {MOST_SERIAL_SIGN}",
+                text.chars().count()
+            );
+            return Err(EngineError::invalid("guest_sign.serial", message));
+        }
+    }
+    let Some(texts) = &spec.cloud_init else { return Ok(()) };
+    if !spec.makes_vms() {
+        return Err(EngineError::invalid("cloud_init", "a seed is for a VM: set define or start"));
+    }
+    let named = [
+        ("meta_data", &texts.meta_data),
+        ("user_data", &texts.user_data),
+        ("network_config", &texts.network_config),
+    ];
+    match named.into_iter().find(|(_, text)| text.len() > MOST_CLOUD_INIT) {
+        Some((name, text)) => {
+            let message = format!("it has {} bytes; at most {MOST_CLOUD_INIT}", text.len());
+            Err(EngineError::invalid(format!("cloud_init.{name}"), message))
+        }
+        None => Ok(()),
     }
 }
 

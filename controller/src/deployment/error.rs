@@ -63,6 +63,10 @@ pub enum Reason {
     FileFault,
     /// The controller or a host does not let blocks travel in clear.
     ClearData,
+    /// A host makes no VMs.
+    NoHypervisor,
+    /// What was to be removed is still there.
+    NotRemoved,
 }
 
 impl Reason {
@@ -80,6 +84,8 @@ impl Reason {
             Self::NoPath => "NO_PATH",
             Self::FileFault => "FILE_FAULT",
             Self::ClearData => "CLEAR_DATA_NOT_ALLOWED",
+            Self::NoHypervisor => "NO_HYPERVISOR",
+            Self::NotRemoved => "NOT_REMOVED",
         }
     }
 }

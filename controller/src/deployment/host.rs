@@ -95,6 +95,9 @@ pub struct Host {
     /// It lets blocks travel in clear.
     #[serde(default)]
     pub allows_clear_data: bool,
+    /// What makes VMs of copies there; empty: nothing does.
+    #[serde(default)]
+    pub hypervisor: String,
     /// When its agent was last heard of.
     pub last_seen: Duration,
     /// Its condition.
@@ -173,6 +176,8 @@ pub struct Registration {
     pub deployments: Vec<DeploymentId>,
     /// It lets blocks travel in clear.
     pub allows_clear_data: bool,
+    /// What makes VMs of copies there; empty: nothing does.
+    pub hypervisor: String,
 }
 
 impl Engine {
@@ -239,6 +244,7 @@ impl Engine {
             datastores: registration.datastores,
             cordoned: known.is_some_and(|host| host.cordoned),
             allows_clear_data: registration.allows_clear_data,
+            hypervisor: registration.hypervisor,
             last_seen: now,
             metrics: registration.metrics,
             session: Some(Session { id: self.last_session, instance: registration.instance }),

@@ -10,7 +10,7 @@ use vmcast_common::name::{DatastoreName, FileName, HostName, ImageName};
 
 use super::{
     Engine,
-    action::{Changed, Command},
+    action::{Changed, Command, ImportOf},
     error::{EngineError, Kind, Reason},
     host::{Held, Host},
     model::ImageFile,
@@ -19,6 +19,8 @@ use super::{
 
 /// Most files of an image: far above what a VM or an appliance has.
 const MAX_FILES: usize = 1_000;
+/// Longest name of a VM.
+const MAX_DOMAIN: usize = 255;
 /// Longest path of a file, as Linux has it.
 const MAX_PATH: usize = 4_096;
 /// An import whose host says nothing for so long has failed.
@@ -68,7 +70,6 @@ pub struct Import {
     pub name: ImageName,
     /// Where the files are.
     pub host: HostName,
-    datastore: DatastoreName,
     /// Bytes read.
     pub hashed: u64,
     /// Bytes to read.
@@ -89,28 +90,40 @@ impl Engine {
         self.images.values()
     }
 
-    /// Has files on `host` made an image; the answer names the import for [`Engine::import_status`].
+    /// Has files on `host`, or a VM there, made an image; the answer names the import for [`Engine::import_status`].
     pub fn import(
         &mut self,
         now: Duration,
         name: ImageName,
         host: HostName,
-        datastore: DatastoreName,
-        files: Vec<String>,
+        of: ImportOf,
     ) -> Result<u64, EngineError> {
         let entry = self.host(&host)?;
-        if entry.datastore(&datastore).is_none() {
-            return Err(no_datastore(entry, &datastore));
+        match &of {
+            ImportOf::Files { datastore, files } => {
+                if entry.datastore(datastore).is_none() {
+                    return Err(no_datastore(entry, datastore));
+                }
+                check_paths(files)?;
+            }
+            ImportOf::Domain(domain) => {
+                if domain.len() > MAX_DOMAIN || domain.chars().any(char::is_control) {
+                    return Err(EngineError::invalid("domain", "it is not the name of a VM"));
+                }
+                if entry.hypervisor.is_empty() {
+                    let message =
+                        format!("host {host} knows no VMs: start its agent with --hypervisor libvirt");
+                    return Err(EngineError::precondition(Reason::NoHypervisor, Some(&host), message));
+                }
+            }
         }
-        check_paths(&files)?;
         if !entry.connected() {
             return Err(EngineError::away(&host));
         }
         self.last_import += 1;
         let id = self.last_import;
-        let command = Command::Import { id, name: name.clone(), datastore: datastore.clone(), files };
-        self.send(&host, command);
-        let import = Import { name, host, datastore, hashed: 0, total: 0, outcome: None, heard_at: now };
+        self.send(&host, Command::Import { id, name: name.clone(), of });
+        let import = Import { name, host, hashed: 0, total: 0, outcome: None, heard_at: now };
         self.imports.insert(id, import);
         Ok(id)
     }
@@ -167,7 +180,7 @@ impl Engine {
         self.changed(Changed::Dropped);
         let image =
             self.images.entry(import.name.clone()).or_insert_with(|| new_image(now, &import.name, held));
-        let holder = Holder { datastore: import.datastore, kept: false, paths: held.paths.clone() };
+        let holder = Holder { datastore: held.datastore.clone(), kept: false, paths: held.paths.clone() };
         image.holders.insert(import.host.clone(), holder);
         let image = image.clone();
         self.changed(Changed::Image(import.name.clone()));
@@ -212,6 +225,13 @@ impl Engine {
     fn drop_unless_named(&mut self, host: &HostName, image_id: &str) {
         if !self.images.values().any(|image| image.id == image_id) {
             self.send(host, Command::DropImage { epoch: self.epoch, image_id: image_id.into() });
+        }
+    }
+
+    /// The images that a host holds have changed by themselves.
+    pub fn images_report(&mut self, now: Duration, host: &HostName, session: u64, held: Vec<Held>) {
+        if self.session_host(host, session).is_some() {
+            self.take_images(now, host, held);
         }
     }
 
@@ -363,8 +383,10 @@ fn fault_error(host: Option<&HostName>, fault: &Fault) -> EngineError {
         FailureKind::Exists => EngineError::Exists { what: "image", name: String::new(), message },
         FailureKind::NoSpace => EngineError::precondition(Reason::NoSpace, host, message),
         FailureKind::Network => EngineError::precondition(Reason::HostAway, host, message),
-        FailureKind::SourceChanged | FailureKind::Disk | FailureKind::Damaged | FailureKind::Internal => {
-            EngineError::precondition(Reason::FileFault, host, message)
-        }
+        FailureKind::SourceChanged
+        | FailureKind::Disk
+        | FailureKind::Damaged
+        | FailureKind::Hypervisor
+        | FailureKind::Internal => EngineError::precondition(Reason::FileFault, host, message),
     }
 }

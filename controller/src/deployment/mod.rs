@@ -33,6 +33,7 @@ mod lag;
 mod links;
 mod losses;
 mod model;
+mod removal;
 mod report;
 mod run;
 mod spec;
@@ -50,18 +51,22 @@ use vmcast_common::{
 };
 
 pub use self::{
-    action::{Assign, Changed, Command, Event, Output, Peer},
+    action::{Assign, Changed, Command, Event, ImportOf, Output, Peer, VmOrder},
     damage::Damage,
     error::{EngineError, Kind, Reason},
     host::{Datastore, Held, Host, Metrics, Registration, Session},
     image::{Holder, Image, Import, ImportOutcome},
     links::MatrixView,
     model::{
-        Assignment, Base, Copy, Deployment, ImageFile, ImageRef, Origin, PlanEdge, PlanLocal, PlanStripe,
-        PlanView, State, Stripe, Target, TargetState,
+        Assignment, Base, Copy, CopyVm, Deployment, ImageFile, ImageRef, Origin, PlanEdge, PlanLocal,
+        PlanStripe, PlanView, State, Stripe, Target, TargetState, VmState,
     },
+    removal::Removal,
     report::{FailureKind, Fault, LinkUse, Phase, Report},
-    spec::{CloneMode, DataEncryption, DatastoreCopies, OnLoss, Priority, Spec, Strategy, TargetSpec},
+    spec::{
+        CloneMode, CloudInit, DataEncryption, DatastoreCopies, GuestSign, OnLoss, Priority, Sign, Spec,
+        Strategy, TargetSpec,
+    },
 };
 use crate::{matrix::TimeMatrix, prober::Prober};
 
@@ -140,6 +145,7 @@ pub struct Engine {
     dropped: BTreeSet<String>,
     imports: BTreeMap<u64, Import>,
     deployments: BTreeMap<DeploymentId, Deployment>,
+    removals: BTreeMap<DeploymentId, Removal>,
     requests: BTreeMap<String, DeploymentId>,
     matrix: TimeMatrix,
     matrix_stored_at: Duration,
@@ -190,6 +196,7 @@ impl Engine {
             dropped: loaded.dropped,
             imports: BTreeMap::new(),
             deployments,
+            removals: BTreeMap::new(),
             requests,
             matrix: loaded.matrix.unwrap_or_default(),
             matrix_stored_at: now,

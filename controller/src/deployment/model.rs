@@ -6,6 +6,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use vmcast_common::{
     name::{CopyName, DatastoreName, DeploymentId, FileName, HostName, ImageName},
@@ -62,7 +63,9 @@ pub enum TargetState {
     Receiving,
     /// The image is whole; copies are being made.
     Copying,
-    /// Every copy is published.
+    /// Every copy is published; VMs are being made of them.
+    Starting,
+    /// Every copy is published, and its VM is as was asked for.
     Succeeded,
     /// It has failed, for the reason given.
     Failed,
@@ -110,6 +113,33 @@ pub struct Copy {
     pub name: CopyName,
     /// It is whole and visible.
     pub published: bool,
+    /// The VM that is made of it.
+    #[serde(default)]
+    pub vm: Option<CopyVm>,
+}
+
+/// The VM of a copy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyVm {
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// How far it is.
+    pub state: VmState,
+    /// When its guest was up.
+    pub up_at: Option<Duration>,
+}
+
+/// How far a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    /// The hypervisor knows it.
+    Defined,
+    /// It runs.
+    Running,
+    /// Its guest is up.
+    Up,
+    /// It could not be made or started, or its guest did not come up.
+    Failed,
 }
 
 /// A share of the blocks and who feeds it, in order of preference.
@@ -155,6 +185,9 @@ pub struct Assignment {
     pub copies: Vec<(DatastoreName, CopyName)>,
     /// Where the base comes from; none: it only serves.
     pub base: Option<Base>,
+    /// Nobody needs its base as a source any more: a VM may be started on it.
+    #[serde(default)]
+    pub base_free: bool,
 }
 
 /// Where the base comes from, as the host is told.
@@ -282,7 +315,8 @@ impl Target {
 
     /// Its base is whole.
     pub fn whole(&self) -> bool {
-        matches!(self.state, TargetState::Copying | TargetState::Succeeded) || self.base_published()
+        matches!(self.state, TargetState::Copying | TargetState::Starting | TargetState::Succeeded)
+            || self.base_published()
     }
 }
 
@@ -353,6 +387,14 @@ impl Deployment {
         let last = self.targets.values().filter_map(|target| target.finished_at).max();
         let end = if self.state.ended() { last.or(self.finished_at).unwrap_or(now) } else { now };
         end.saturating_sub(self.created_at)
+    }
+
+    /// When the first VM's guest was up, and the last one's once all are.
+    pub fn vms_up(&self) -> (Option<Duration>, Option<Duration>) {
+        let copies = self.targets.values().flat_map(|target| &target.copies);
+        let up: Vec<Option<Duration>> = copies.map(|copy| copy.vm.as_ref()?.up_at).collect();
+        let all = up.iter().copied().collect::<Option<Vec<Duration>>>();
+        (up.iter().flatten().min().copied(), all.and_then(|all| all.into_iter().max()))
     }
 
     /// Targets in the order of the request.

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use uuid::Uuid;
 use vmcast_common::name::{CopyName, DeploymentId, HostName};
 
 use super::{
     Engine,
-    model::{Deployment, Origin, State, Target, TargetState},
+    model::{CopyVm, Deployment, Origin, State, Target, TargetState, VmState},
     run::in_flight,
     spec::Strategy,
 };
@@ -26,7 +27,9 @@ pub enum Phase {
     Receiving,
     /// The base is whole.
     Copying,
-    /// Every copy is published.
+    /// Every copy is published; VMs are being made of them.
+    Starting,
+    /// Every copy is published, and its VM is as was asked for.
     Done,
     /// It has given up.
     Failed,
@@ -53,6 +56,8 @@ pub enum FailureKind {
     Damaged,
     /// No other host could be reached, or none had the blocks.
     Network,
+    /// The hypervisor refused, or a VM did not come up.
+    Hypervisor,
     /// Any other cause.
     Internal,
 }
@@ -108,6 +113,8 @@ pub struct Report {
     pub discarded: Vec<String>,
     /// Bytes per second that its disk takes; none: the disk holds nothing back.
     pub disk_limit: Option<f64>,
+    /// How far the VMs of its copies are.
+    pub vms: Vec<(CopyName, Uuid, VmState)>,
 }
 
 impl Engine {
@@ -174,12 +181,22 @@ impl Engine {
             copy.published = report.published.contains(&copy.name);
             news |= copy.published;
         }
+        for (name, uuid, state) in &report.vms {
+            let Some(copy) = target.copies.iter_mut().find(|copy| copy.name == *name) else { continue };
+            let up_at = copy.vm.as_ref().and_then(|vm| vm.up_at);
+            let up_at = up_at.or((*state == VmState::Up).then_some(now));
+            let vm = Some(CopyVm { uuid: *uuid, state: *state, up_at });
+            news |= copy.vm != vm;
+            copy.vm = vm;
+        }
+        let published = target.copies.iter().all(|copy| copy.published);
         let state = match report.phase {
             Phase::Receiving if target.state == TargetState::Waiting && target.feed_or_shared() => {
                 TargetState::Receiving
             }
             Phase::Copying => TargetState::Copying,
-            Phase::Done if target.copies.iter().all(|copy| copy.published) => TargetState::Succeeded,
+            Phase::Starting if published => TargetState::Starting,
+            Phase::Done if published => TargetState::Succeeded,
             _ => target.state,
         };
         let moved = state != target.state;
@@ -189,8 +206,8 @@ impl Engine {
             target.longest_pause = target.longest_pause.max(pause);
             target.progress_at = now;
         }
-        if state == TargetState::Succeeded {
-            target.finished_at = Some(now);
+        if matches!(state, TargetState::Starting | TargetState::Succeeded) {
+            target.finished_at.get_or_insert(now);
             target.rate = 0.0;
         }
         for why in &discarded {
@@ -222,6 +239,7 @@ impl Engine {
     fn target_advanced(&mut self, now: Duration, id: &DeploymentId) {
         let Some(deployment) = self.deployments.get(id) else { return };
         let concerns_others = deployment.spec.strategy == Strategy::Staged
+            || deployment.spec.start
             || !deployment.lost_holders.is_empty()
             || deployment.targets.values().any(|target| matches!(target.origin, Origin::SharedCopy { .. }));
         if concerns_others {
@@ -235,6 +253,7 @@ impl Engine {
         let (kind, message) = match state {
             TargetState::Receiving => ("TARGET_RECEIVING", format!("{host} receives")),
             TargetState::Copying => ("TARGET_WHOLE", format!("{host} has the whole image")),
+            TargetState::Starting => ("TARGET_STARTING", format!("{host} makes VMs of its copies")),
             TargetState::Succeeded => ("TARGET_SUCCEEDED", format!("{host} has all its copies")),
             TargetState::Waiting | TargetState::Failed | TargetState::Cancelled => return,
         };
@@ -273,6 +292,7 @@ impl Engine {
             | FailureKind::NoSpace
             | FailureKind::Disk
             | FailureKind::Damaged
+            | FailureKind::Hypervisor
             | FailureKind::Internal => self.fail_target(now, id, host, &fault.message),
         }
     }
@@ -291,7 +311,7 @@ impl Engine {
                 self.lose_holder(now, id, host, why);
             }
             (Phase::Released, _) => self.send_assignment(id, host),
-            (Phase::Serving | Phase::Receiving | Phase::Copying | Phase::Done, _) => {}
+            (Phase::Serving | Phase::Receiving | Phase::Copying | Phase::Starting | Phase::Done, _) => {}
         }
     }
 

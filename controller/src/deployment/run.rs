@@ -275,13 +275,18 @@ impl Engine {
         let ended: Vec<DeploymentId> =
             self.deployments.values().filter(|it| it.state.ended()).map(|it| it.id.clone()).collect();
         for id in ended.iter().take(ended.len().saturating_sub(DEPLOYMENTS_KEPT)) {
-            let Some(forgotten) = self.deployments.remove(id) else { continue };
-            self.requests.remove(&forgotten.request_id);
-            self.changed(Changed::Deployment(id.clone()));
-            self.changed(Changed::Plan(id.clone()));
-            for host in forgotten.targets.into_keys() {
-                self.changed(Changed::Target(id.clone(), host));
-            }
+            self.forget(id);
+        }
+    }
+
+    /// Forgets an ended deployment.
+    pub(super) fn forget(&mut self, id: &DeploymentId) {
+        let Some(forgotten) = self.deployments.remove(id) else { return };
+        self.requests.remove(&forgotten.request_id);
+        self.changed(Changed::Deployment(id.clone()));
+        self.changed(Changed::Plan(id.clone()));
+        for host in forgotten.targets.into_keys() {
+            self.changed(Changed::Target(id.clone(), host));
         }
     }
 }

@@ -70,7 +70,7 @@ pub struct Spec {
     pub name_template: String,
     /// How further copies are made.
     pub clone: CloneMode,
-    /// Start the copies; not offered yet.
+    /// Make VMs of the copies, and start them.
     pub start: bool,
     /// What becomes of partial copies.
     pub on_loss: OnLoss,
@@ -85,6 +85,53 @@ pub struct Spec {
     /// Whether blocks are encrypted on their way.
     #[serde(default)]
     pub data_encryption: DataEncryption,
+    /// Make VMs of the copies.
+    #[serde(default)]
+    pub define: bool,
+    /// How it is told that a guest is up; none: its VM runs.
+    #[serde(default)]
+    pub guest_sign: Option<GuestSign>,
+    /// A cloud-init seed for each VM.
+    #[serde(default)]
+    pub cloud_init: Option<CloudInit>,
+}
+
+impl Spec {
+    /// VMs are made of the copies.
+    pub fn makes_vms(&self) -> bool {
+        self.define || self.start
+    }
+}
+
+/// How it is told that a guest is up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestSign {
+    /// What it does.
+    pub sign: Sign,
+    /// How long that may take, in seconds; 0: the default.
+    pub within_seconds: u32,
+}
+
+/// What a guest does when it is up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sign {
+    /// None: its VM runs.
+    Running,
+    /// The guest agent answers.
+    Agent,
+    /// This text appears on its first serial console.
+    Serial(String),
+}
+
+/// Texts of a cloud-init seed; empty: the default, or none.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloudInit {
+    /// `meta-data`.
+    pub meta_data: String,
+    /// `user-data`.
+    pub user_data: String,
+    /// `network-config`.
+    pub network_config: String,
 }
 
 /// Whether blocks are encrypted on their way.

@@ -25,6 +25,7 @@ fn import(name: &str) -> pb::ImportImageRequest {
         host: "s".into(),
         datastore: "d".into(),
         files: vec!["disk.img".into()],
+        domain: String::new(),
     }
 }
 

@@ -49,6 +49,7 @@ fn send(bed: &mut Bed, seconds: u64, to: &str, links: Vec<LinkUse>, disk_limit: 
         failure: None,
         links,
         disk_limit,
+        vms: Vec::new(),
     };
     let session = bed.sessions[&host(to)];
     bed.engine.report(at(seconds), &host(to), session, &report);
@@ -208,6 +209,7 @@ fn has(bed: &mut Bed, millis: u64, name: &str, (bytes, reused): (u64, u64)) {
         failure: None,
         links: Vec::new(),
         disk_limit: None,
+        vms: Vec::new(),
     };
     let session = bed.sessions[&host(name)];
     bed.engine.report(now, &host(name), session, &report);

@@ -32,7 +32,7 @@ fn every_bad_request_is_refused_with_what_is_wrong() {
     };
     let many: Vec<String> = (0..1_001).map(|number| format!("x{number}")).collect();
     let cases: Vec<(Spec, &str)> = vec![
-        (full(|it| it.start = true), "not offered start"),
+        (full(|it| it.start = true), "NO_HYPERVISOR h1"),
         (full(|it| it.clone = CloneMode::Linked), "not offered clone"),
         (full(|it| it.image = ImageName::new("db").unwrap()), "no image db"),
         (full(|it| it.targets.clear()), "field targets"),

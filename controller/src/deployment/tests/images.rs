@@ -4,7 +4,8 @@ use super::*;
 
 fn import(bed: &mut Bed, host_name: &str, files: &[&str]) -> Result<u64, EngineError> {
     let files = files.iter().map(|file| (*file).to_owned()).collect();
-    bed.engine.import(at(0), image(), host(host_name), ds("d"), files)
+    let of = ImportOf::Files { datastore: ds("d"), files };
+    bed.engine.import(at(0), image(), host(host_name), of)
 }
 
 #[test]
@@ -17,7 +18,12 @@ fn bad_imports_are_refused() {
             "{bad:?}"
         );
     }
-    let unknown = bed.engine.import(at(0), image(), host("s"), ds("x"), vec!["a".into()]);
+    let unknown = bed.engine.import(
+        at(0),
+        image(),
+        host("s"),
+        ImportOf::Files { datastore: ds("x"), files: vec!["a".into()] },
+    );
     assert!(matches!(unknown, Err(EngineError::NotFound { kind: Kind::Datastore, .. })));
     assert!(matches!(import(&mut bed, "x", &["a"]), Err(EngineError::NotFound { kind: Kind::Host, .. })));
     bed.leave(1, "s");

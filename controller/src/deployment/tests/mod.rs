@@ -10,6 +10,7 @@ mod pipelined;
 mod restart;
 mod shared;
 mod staged;
+mod vms;
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -71,6 +72,7 @@ pub(super) fn registration(name: &str, datastores: Vec<Datastore>) -> Registrati
         images: Vec::new(),
         deployments: Vec::new(),
         allows_clear_data: false,
+        hypervisor: String::new(),
     }
 }
 
@@ -133,7 +135,8 @@ impl Bed {
     }
 
     pub(super) fn import(&mut self, on: &str, path: &str) {
-        let import = self.engine.import(at(0), image(), host(on), ds("d"), vec![path.into()]).unwrap();
+        let of = ImportOf::Files { datastore: ds("d"), files: vec![path.into()] };
+        let import = self.engine.import(at(0), image(), host(on), of).unwrap();
         self.engine.import_report(at(0), &host(on), import, (GIB, GIB), Some(Ok(held("d", false))));
         self.engine.import_status(import).unwrap().outcome.unwrap().unwrap();
     }
@@ -190,6 +193,7 @@ impl Bed {
             failure,
             links: Vec::new(),
             disk_limit: None,
+            vms: Vec::new(),
         };
         let session = self.sessions[&host(name)];
         self.engine.report(at(seconds), &host(name), session, &report);
@@ -248,6 +252,9 @@ pub(super) fn spec(targets: &[&str]) -> Spec {
         rate_limit: None,
         priority: Priority::default(),
         data_encryption: DataEncryption::On,
+        define: false,
+        guest_sign: None,
+        cloud_init: None,
     }
 }
 

@@ -1,0 +1,218 @@
+//! Which deployment made which copy, for as long as the copy is there; and removing copies.
+
+use std::io;
+
+use cap_std::fs::Dir;
+use serde::{Deserialize, Serialize};
+use vmcast_common::{
+    manifest::ImageId,
+    name::{CopyName, DeploymentId},
+};
+
+use super::{error::StoreError, folder, store::Datastore};
+
+const COPIES: &str = "copies";
+/// Longest record, in bytes: it has the names of all files of an image.
+const MAX_RECORD: u64 = 1024 * 1024;
+/// Where a copy lies while it is deleted; swept up at the start if that was interrupted.
+const REMOVED: &str = ".removed-";
+
+/// What is remembered of a copy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owner {
+    /// The deployment that made it.
+    pub deployment: DeploymentId,
+    /// The image that it was a copy of.
+    pub image: ImageId,
+    /// The directory's inode number: another directory of that name is not the copy.
+    inode: u64,
+    /// The VM that was made of it.
+    #[serde(default)]
+    pub vm: Option<MadeVm>,
+}
+
+/// A VM that was made of a copy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MadeVm {
+    /// The driver that knows it.
+    pub driver: String,
+    /// It may have run: the copy's files are its disks now, and no image any more.
+    pub started: bool,
+    /// The image's files in the copy.
+    pub files: Vec<String>,
+}
+
+/// Whose the copy `name` is; none if it is not there, or not ours.
+pub fn owner(store: &Datastore, name: &CopyName) -> Result<Option<Owner>, StoreError> {
+    let copies = store.state_folder(COPIES)?;
+    let record = match folder::read_small(&copies, name.as_str(), MAX_RECORD) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(|e| store.fail(&path(store, name), e))?,
+    };
+    let Ok(owner) = serde_json::from_slice::<Owner>(&record) else { return Ok(None) };
+    let there = folder::open_folder(store.root(), name.as_str()).and_then(|copy| inode(&copy));
+    Ok(there.is_ok_and(|inode| inode == owner.inode).then_some(owner))
+}
+
+/// Remembers that `deployment` made the copy `name`, which is published.
+pub(super) fn own(
+    store: &Datastore,
+    deployment: &DeploymentId,
+    image: ImageId,
+    name: &CopyName,
+) -> Result<(), StoreError> {
+    let fail = |e| store.fail(name.as_str(), e);
+    let inode =
+        folder::open_folder(store.root(), name.as_str()).and_then(|copy| inode(&copy)).map_err(fail)?;
+    write(store, name, &Owner { deployment: deployment.clone(), image, inode, vm: None })
+}
+
+/// Remembers the VM that was made of a copy; before it is made, so that nothing is forgotten.
+pub fn remember_vm(
+    store: &Datastore,
+    deployment: &DeploymentId,
+    name: &CopyName,
+    vm: MadeVm,
+) -> Result<(), StoreError> {
+    let owner = owner(store, name)?.filter(|owner| owner.deployment == *deployment);
+    let mut owner = owner
+        .ok_or_else(|| store.invalid(format!("{name} is not there any more as this deployment made it")))?;
+    owner.vm = Some(vm);
+    write(store, name, &owner)
+}
+
+/// Deletes the copy `name` if `deployment` made it. False if it is not there: what somebody else made under that name stays.
+pub fn remove_copy(
+    store: &Datastore,
+    deployment: &DeploymentId,
+    name: &CopyName,
+) -> Result<bool, StoreError> {
+    let fail = |e| store.fail(name.as_str(), e);
+    match store.root().symlink_metadata(name.as_str()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            forget(store, name)?;
+            return Ok(false);
+        }
+        other => {
+            other.map_err(fail)?;
+        }
+    }
+    let owner = owner(store, name)?.filter(|owner| owner.deployment == *deployment);
+    let Some(owner) = owner else { return Ok(false) };
+    // Out of sight first: after a crash it is there as it was, or not at all.
+    let hidden = format!("{REMOVED}{}", owner.inode);
+    folder::remove_tree(store.state(), &hidden).map_err(fail)?;
+    folder::rename_new(store.root(), name.as_str(), store.state(), &hidden).map_err(fail)?;
+    folder::sync(store.root()).map_err(fail)?;
+    forget(store, name)?;
+    folder::remove_tree(store.state(), &hidden).map_err(fail)?;
+    Ok(true)
+}
+
+/// The small files of a copy whose names end in `suffix`, with their content; those that are longer than `most` bytes, or no text,
+/// are left out.
+pub fn texts(
+    store: &Datastore,
+    name: &CopyName,
+    suffix: &str,
+    most: u64,
+) -> Result<Vec<(String, String)>, StoreError> {
+    let fail = |e| store.fail(name.as_str(), e);
+    let copy = folder::open_folder(store.root(), name.as_str()).map_err(fail)?;
+    let mut names = folder::names(&copy).map_err(fail)?;
+    names.retain(|file| file.ends_with(suffix));
+    names.sort_unstable();
+    let text = |file: String| {
+        let bytes = folder::read_small(&copy, &file, most).ok()?;
+        Some((file, String::from_utf8(bytes).ok()?))
+    };
+    Ok(names.into_iter().filter_map(text).collect())
+}
+
+/// Puts a small file of ours beside a copy's own.
+pub fn add_file(store: &Datastore, name: &CopyName, file: &str, bytes: &[u8]) -> Result<(), StoreError> {
+    let fail = |e| store.fail(&format!("{name}/{file}"), e);
+    let copy = folder::open_folder(store.root(), name.as_str()).map_err(fail)?;
+    folder::write_atomic(&copy, file, bytes).map_err(fail)
+}
+
+/// Forgets copies that are not there any more. Gives nothing to tell: nothing that anybody sees is removed.
+pub(super) fn sweep(store: &Datastore) -> Result<(), StoreError> {
+    let copies = store.state_folder(COPIES)?;
+    let fail = |e| store.fail(&store.state_path(COPIES), e);
+    for name in folder::names(&copies).map_err(fail)? {
+        let gone = match CopyName::new(name.clone()) {
+            Ok(name) => owner(store, &name)?.is_none(),
+            Err(_) => true,
+        };
+        if gone {
+            folder::remove_tree(&copies, &name).map_err(fail)?;
+        }
+    }
+    Ok(())
+}
+
+fn write(store: &Datastore, name: &CopyName, owner: &Owner) -> Result<(), StoreError> {
+    let fail = |e| store.fail(&path(store, name), e);
+    let record = serde_json::to_vec(owner).map_err(|e| fail(e.into()))?;
+    folder::write_atomic(&store.state_folder(COPIES)?, name.as_str(), &record).map_err(fail)
+}
+
+fn forget(store: &Datastore, name: &CopyName) -> Result<(), StoreError> {
+    folder::remove_file(&store.state_folder(COPIES)?, name.as_str())
+        .map_err(|e| store.fail(&path(store, name), e))
+}
+
+fn path(store: &Datastore, name: &CopyName) -> String {
+    store.state_path(&format!("{COPIES}/{name}"))
+}
+
+fn inode(dir: &Dir) -> io::Result<u64> {
+    Ok(rustix::fs::fstat(dir)?.st_ino)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use vmcast_common::name::DatastoreName;
+
+    use super::*;
+
+    #[test]
+    fn only_what_the_deployment_made_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Datastore::open(DatastoreName::new("ds1").unwrap(), dir.path(), None).unwrap();
+        let id = |id: &str| DeploymentId::new(id).unwrap();
+        let name = CopyName::new("web-1").unwrap();
+        let image: ImageId = "ab".repeat(32).parse().unwrap();
+        let make = || {
+            fs::create_dir(dir.path().join("web-1")).unwrap();
+            fs::write(dir.path().join("web-1/disk"), "x").unwrap();
+        };
+        assert!(!remove_copy(&store, &id("d1"), &name).unwrap(), "nothing there");
+        make();
+        assert!(!remove_copy(&store, &id("d1"), &name).unwrap(), "somebody's directory");
+        own(&store, &id("d1"), image, &name).unwrap();
+        assert!(!remove_copy(&store, &id("d2"), &name).unwrap(), "another deployment's copy");
+        assert!(dir.path().join("web-1/disk").exists());
+        let vm = MadeVm { driver: "libvirt".into(), started: true, files: vec!["disk".into()] };
+        assert!(remember_vm(&store, &id("d2"), &name, vm.clone()).is_err());
+        remember_vm(&store, &id("d1"), &name, vm.clone()).unwrap();
+        assert_eq!(owner(&store, &name).unwrap().unwrap().vm, Some(vm));
+        assert!(remove_copy(&store, &id("d1"), &name).unwrap());
+        assert!(!dir.path().join("web-1").exists());
+        assert_eq!(owner(&store, &name).unwrap(), None);
+        // Another directory of that name is not what was remembered. (Kept in place, so that its inode is not used again.)
+        make();
+        own(&store, &id("d1"), image, &name).unwrap();
+        fs::rename(dir.path().join("web-1"), dir.path().join("moved")).unwrap();
+        make();
+        assert!(!remove_copy(&store, &id("d1"), &name).unwrap());
+        assert!(dir.path().join("web-1/disk").exists());
+        sweep(&store).unwrap();
+        assert_eq!(folder::names(&store.state_folder(COPIES).unwrap()).unwrap(), [""; 0]);
+        let left = fs::read_dir(dir.path().join(".vmcast")).unwrap().map(|it| it.unwrap().file_name());
+        assert!(left.into_iter().all(|name| !name.to_string_lossy().starts_with(REMOVED)));
+    }
+}

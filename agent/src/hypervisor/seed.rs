@@ -1,0 +1,135 @@
+//! A cloud-init seed for one VM: a small disk labelled CIDATA, as the `NoCloud` data source reads it
+//! (<https://cloudinit.readthedocs.io/en/latest/reference/datasources/nocloud.html>). Pure: text in, bytes out.
+
+use std::io::{self, Cursor, Write as _};
+
+use fatfs::{FileSystem, FormatVolumeOptions, FsOptions, format_volume};
+
+use super::Identity;
+
+/// Size of the disk that is not files, in bytes: FAT's own tables, and room for directories.
+const OVERHEAD: usize = 256 * 1024;
+/// Longest text of each kind, in bytes; far above what a seed has.
+pub const MOST_TEXT: usize = 256 * 1024;
+/// Where the request says nothing of its own.
+const META_DATA: &str = "instance-id: {uuid}\nlocal-hostname: {name}\n";
+const USER_DATA: &str = "#cloud-config\n";
+
+/// What the request says, before names are filled in. Empty: a default, or no such file.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Templates {
+    /// `meta-data`.
+    pub meta_data: String,
+    /// `user-data`.
+    pub user_data: String,
+    /// `network-config`; empty: none.
+    pub network_config: String,
+}
+
+/// What stands for itself in a template.
+#[derive(Debug, Clone, Copy)]
+pub struct Names<'a> {
+    /// The VM.
+    pub identity: &'a Identity,
+    /// Its host.
+    pub host: &'a str,
+    /// Its image.
+    pub image: &'a str,
+    /// Number of the copy on its host, from 1.
+    pub number: usize,
+}
+
+impl Templates {
+    /// The disk for one VM.
+    pub fn disk(&self, names: Names<'_>) -> io::Result<Vec<u8>> {
+        let or = |text: &str, default: &str| fill(if text.is_empty() { default } else { text }, names);
+        let mut files = vec![
+            ("meta-data", or(&self.meta_data, META_DATA)),
+            ("user-data", or(&self.user_data, USER_DATA)),
+        ];
+        if !self.network_config.is_empty() {
+            files.push(("network-config", fill(&self.network_config, names)));
+        }
+        let size = OVERHEAD + files.iter().map(|(_, text)| text.len().next_multiple_of(4096)).sum::<usize>();
+        let mut disk = Cursor::new(vec![0; size.next_multiple_of(4096)]);
+        format_volume(&mut disk, FormatVolumeOptions::new().volume_label(*b"CIDATA     "))?;
+        let volume = FileSystem::new(&mut disk, FsOptions::new())?;
+        for (name, text) in files {
+            let mut file = volume.root_dir().create_file(name)?;
+            file.truncate()?;
+            file.write_all(text.as_bytes())?;
+            file.flush()?;
+        }
+        volume.unmount()?;
+        Ok(disk.into_inner())
+    }
+}
+
+/// Replaces the names in braces that are known; other braces are YAML.
+fn fill(template: &str, names: Names<'_>) -> String {
+    let values = [
+        ("{name}", names.identity.name().to_owned()),
+        ("{uuid}", names.identity.uuid().to_string()),
+        ("{host}", names.host.to_owned()),
+        ("{image}", names.image.to_owned()),
+        ("{n}", names.number.to_string()),
+        ("{mac}", names.identity.mac(0)),
+    ];
+    let mut filled = String::with_capacity(template.len());
+    let mut rest = template;
+    while let Some(at) = rest.find('{') {
+        filled.push_str(&rest[..at]);
+        rest = &rest[at..];
+        if let Some((key, value)) = values.iter().find(|(key, _)| rest.starts_with(key)) {
+            filled.push_str(value);
+            rest = &rest[key.len()..];
+        } else {
+            filled.push('{');
+            rest = &rest[1..];
+        }
+    }
+    filled.push_str(rest);
+    filled
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use vmcast_common::name::{CopyName, HostName};
+
+    use super::*;
+
+    fn read(disk: &[u8], name: &str) -> Option<String> {
+        let volume = FileSystem::new(Cursor::new(disk.to_vec()), FsOptions::new()).unwrap();
+        assert_eq!(volume.volume_label(), "CIDATA");
+        let mut text = String::new();
+        volume.root_dir().open_file(name).ok()?.read_to_string(&mut text).unwrap();
+        Some(text)
+    }
+
+    #[test]
+    fn each_vm_finds_its_own_names_and_yaml_stays_yaml() {
+        let identity = Identity::new("r", &HostName::new("h1").unwrap(), &CopyName::new("web-h1-2").unwrap());
+        let names = Names { identity: &identity, host: "h1", image: "web", number: 2 };
+        let disk = Templates::default().disk(names).unwrap();
+        let meta = read(&disk, "meta-data").unwrap();
+        assert_eq!(meta, format!("instance-id: {}\nlocal-hostname: web-h1-2\n", identity.uuid()));
+        assert_eq!(read(&disk, "user-data").unwrap(), "#cloud-config\n");
+        assert_eq!(read(&disk, "network-config"), None);
+
+        let long = "# ".repeat(50_000);
+        let templates = Templates {
+            user_data: format!(
+                "#cloud-config\nwrite_files: [{{path: /etc/motd, content: '{{name}} {{n}} of {{host}} {{{{x}}}}'}}]\n{long}"
+            ),
+            network_config: "macaddress: {mac}".into(),
+            ..Templates::default()
+        };
+        let disk = templates.disk(names).unwrap();
+        let user = read(&disk, "user-data").unwrap();
+        assert!(user.contains("{path: /etc/motd, content: 'web-h1-2 2 of h1 {{x}}'}"), "{}", &user[..200]);
+        assert!(user.ends_with(&long));
+        assert_eq!(read(&disk, "network-config").unwrap(), format!("macaddress: {}", identity.mac(0)));
+    }
+}

@@ -1,0 +1,181 @@
+//! VMs of copies, and undoing a deployment.
+
+use uuid::Uuid;
+
+use super::*;
+
+fn hypervisors(bed: &mut Bed, kind: &str, names: &[&str]) {
+    for name in names {
+        let hypervisor = kind.to_owned();
+        bed.join(Registration { hypervisor, ..registration(name, vec![store("d", None)]) });
+    }
+    bed.measure_all();
+}
+
+fn starting(targets: &[&str]) -> Spec {
+    Spec { start: true, ..spec(targets) }
+}
+
+fn refused(bed: &mut Bed, spec: Spec) -> String {
+    match bed.engine.create(at(0), id(1), spec, String::new()).unwrap_err() {
+        EngineError::Precondition { reason, host, .. } => {
+            format!("{} {}", reason.word(), host.map(String::from).unwrap_or_default())
+        }
+        EngineError::Invalid { field, .. } => field,
+        other => panic!("{other}"),
+    }
+}
+
+/// A report on a target whose copies are published, with its VMs in this state.
+fn vms(bed: &mut Bed, seconds: u64, name: &str, phase: Phase, state: VmState) {
+    let copies: Vec<CopyName> = bed.target(name).copies.iter().map(|copy| copy.name.clone()).collect();
+    let report = Report {
+        deployment: id(1),
+        version: 1,
+        phase,
+        verified: GIB,
+        received: GIB,
+        reused: 0,
+        discarded: Vec::new(),
+        sent: 0,
+        vms: copies.iter().map(|copy| (copy.clone(), Uuid::nil(), state)).collect(),
+        published: copies,
+        failure: None,
+        links: Vec::new(),
+        disk_limit: None,
+    };
+    let session = bed.sessions[&host(name)];
+    bed.engine.report(at(seconds), &host(name), session, &report);
+}
+
+#[test]
+fn vms_need_a_hypervisor_and_what_it_needs() {
+    let mut bed = Bed::with_targets(2);
+    assert_eq!(refused(&mut bed, starting(&["h1"])), "NO_HYPERVISOR h1");
+    hypervisors(&mut bed, "libvirt", &["h1"]);
+    assert_eq!(refused(&mut bed, starting(&["h1"])), "image", "it has no definition");
+    assert_eq!(refused(&mut bed, Spec { define: true, ..spec(&["h1", "h2"]) }), "image");
+    hypervisors(&mut bed, "exec", &["h1"]);
+    let sign =
+        |text: &str, within_seconds| Some(GuestSign { sign: Sign::Serial(text.into()), within_seconds });
+    for (spec, field) in [
+        (Spec { guest_sign: sign("login:", 0), ..spec(&["h1"]) }, "guest_sign"),
+        (Spec { guest_sign: sign("", 0), ..starting(&["h1"]) }, "guest_sign.serial"),
+        (Spec { guest_sign: sign(&"x".repeat(201), 0), ..starting(&["h1"]) }, "guest_sign.serial"),
+        (Spec { guest_sign: sign("login:", 3601), ..starting(&["h1"]) }, "guest_sign.within_seconds"),
+        (Spec { cloud_init: Some(CloudInit::default()), ..spec(&["h1"]) }, "cloud_init"),
+        (
+            Spec {
+                cloud_init: Some(CloudInit { user_data: "x".repeat(300_000), ..CloudInit::default() }),
+                ..starting(&["h1"])
+            },
+            "cloud_init.user_data",
+        ),
+    ] {
+        assert_eq!(refused(&mut bed, spec), field);
+    }
+    bed.engine.create(at(0), id(1), starting(&["h1"]), "monday".into()).unwrap();
+    let assigned = bed.assigned();
+    let order = |name: &str| assigned.iter().find(|(to, _)| to == name).unwrap().1.vms.clone();
+    let expected = VmOrder {
+        start: true,
+        identity_seed: "monday".into(),
+        base_free: false,
+        guest_sign: None,
+        cloud_init: None,
+    };
+    assert_eq!((order("h1"), order("s")), (Some(expected), None));
+}
+
+#[test]
+fn a_base_is_free_when_all_are_whole() {
+    let mut bed = Bed::with_targets(3);
+    hypervisors(&mut bed, "exec", &["h1", "h2", "h3"]);
+    bed.create(starting(&["h1", "h2", "h3"]));
+    bed.assigned();
+    vms(&mut bed, 5, "h1", Phase::Starting, VmState::Defined);
+    assert_eq!(bed.target("h1").state, TargetState::Starting);
+    bed.report(5, "h2", Phase::Copying);
+    assert!(bed.assigned().is_empty(), "h3 may need any of them");
+    // A target that has failed needs nothing.
+    bed.fail(6, "h3", FailureKind::NoSpace);
+    let freed = bed.assigned();
+    let free: Vec<(&str, bool)> =
+        freed.iter().filter_map(|(to, it)| Some((to.as_str(), it.vms.as_ref()?.base_free))).collect();
+    assert_eq!(free, [("h1", true), ("h2", true)]);
+
+    vms(&mut bed, 7, "h2", Phase::Starting, VmState::Defined);
+    // VMs may take as long as the request says: the agent waits, and says how it ended.
+    bed.engine.tick(at(1000));
+    assert_eq!(bed.target("h1").state, TargetState::Starting);
+    vms(&mut bed, 1001, "h1", Phase::Starting, VmState::Running);
+    vms(&mut bed, 1002, "h1", Phase::Done, VmState::Up);
+    vms(&mut bed, 1004, "h2", Phase::Done, VmState::Up);
+    let deployment = bed.deployment();
+    assert_eq!(deployment.state, State::Partial);
+    assert_eq!(deployment.vms_up(), (Some(at(1002)), None), "h3 has none");
+    assert_eq!(
+        deployment.makespan(at(2000)),
+        Duration::from_secs(7),
+        "until the last copy, not the last VM"
+    );
+}
+
+#[test]
+fn an_ended_deployment_is_undone_where_it_can_be_and_the_rest_later() {
+    let mut bed = Bed::with_targets(2);
+    bed.create(Spec { copies: Some(2), ..spec(&["h1", "h2"]) });
+    assert!(matches!(
+        bed.engine.remove(at(1), &id(1)).unwrap_err(),
+        EngineError::Precondition { reason: Reason::InUse, .. }
+    ));
+    bed.report(2, "h1", Phase::Done);
+    bed.report(2, "h2", Phase::Done);
+    bed.engine.take_output();
+    bed.leave(3, "h2");
+    bed.engine.remove(at(4), &id(1)).unwrap();
+    let commands = bed.engine.take_output().commands;
+    let [(to, Command::Remove { copies, vms: false, .. })] = &commands[..] else { panic!("{commands:?}") };
+    assert_eq!((to, copies.len()), (&host("h1"), 2));
+    let copies = copies.clone();
+    assert!(bed.engine.removal_status(&id(1)).unwrap().outcome.is_none());
+    bed.engine.removal_report(at(5), &host("h1"), &id(1), &copies, None);
+    let outcome = bed.engine.removal_status(&id(1)).unwrap().outcome.unwrap();
+    let EngineError::Precondition { reason: Reason::NotRemoved, message, .. } = outcome.unwrap_err() else {
+        panic!("another error");
+    };
+    assert!(message.contains("h2: its agent is away") && message.contains("2 copies are gone"), "{message}");
+    assert!(bed.target("h1").copies.iter().all(|copy| !copy.published));
+    assert!(bed.target("h2").copies.iter().all(|copy| copy.published));
+
+    bed.join_at(6, registration("h2", vec![store("d", None)]));
+    bed.engine.take_output();
+    bed.engine.remove(at(7), &id(1)).unwrap();
+    let commands = bed.engine.take_output().commands;
+    for (to, command) in commands {
+        let Command::Remove { copies, .. } = command else { panic!("{command:?}") };
+        bed.engine.removal_report(at(8), &to, &id(1), &copies, None);
+    }
+    assert_eq!(bed.engine.removal_status(&id(1)).unwrap().outcome.unwrap().unwrap(), 2, "those of h2");
+    assert!(bed.engine.deployment(&id(1)).is_err());
+    let changed = bed.engine.take_output().changed;
+    assert!(
+        changed.contains(&Changed::Deployment(id(1)))
+            && changed.contains(&Changed::Target(id(1), host("h1")))
+    );
+    assert!(bed.kinds().contains(&"DEPLOYMENT_REMOVED"));
+}
+
+#[test]
+fn a_host_that_goes_away_while_it_undoes_its_part_is_not_waited_for() {
+    let mut bed = Bed::with_targets(1);
+    bed.create(spec(&["h1"]));
+    bed.report(2, "h1", Phase::Done);
+    bed.engine.remove(at(3), &id(1)).unwrap();
+    bed.leave(4, "h1");
+    bed.engine.tick(at(5));
+    let outcome = bed.engine.removal_status(&id(1)).unwrap().outcome.unwrap();
+    assert!(outcome.unwrap_err().to_string().contains("went away"));
+    assert!(bed.engine.removal_status(&id(1)).is_none(), "it is told once");
+    assert!(bed.engine.deployment(&id(1)).is_ok());
+}

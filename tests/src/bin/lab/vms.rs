@@ -1,0 +1,166 @@
+//! From a libvirt domain to running copies: a bootable disk, imported with its definition, on three hosts with libvirt daemons of
+//! their own.
+
+use std::{collections::BTreeSet, fs, path::Path, process::Command, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use vmcast_common::identity::Role;
+use vmcast_proto::v1::{
+    CloudInit, DeploymentSpec, GuestSign, ImportImageRequest, VmState, deployment::State, guest_sign::Sign,
+};
+use vmcast_tests::{
+    Cluster,
+    binaries::Binaries,
+    client::{spec, summary, told},
+    libvirt::{self, Libvirt},
+};
+
+const TARGETS: [&str; 3] = ["h1", "h2", "h3"];
+/// What the guests print when they are up; the rest of the line says who they are.
+const SIGN: &str = "TINYVM uuid=";
+/// Nine guests start in a minute where nothing else runs.
+const WITHIN: Duration = Duration::from_secs(600);
+/// Somebody else's VM on a target.
+const FOREIGN: &str = "somebody-elses";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Copies per host.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
+    copies: u32,
+}
+
+pub(crate) fn run(args: &Args) -> Result<String> {
+    if let Some(obstacle) = libvirt::obstacle() {
+        bail!("{obstacle}");
+    }
+    Binaries::find()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(deploy(args.copies))
+}
+
+/// What a guest says of itself.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Guest {
+    uuid: String,
+    host: String,
+}
+
+async fn deploy(copies: u32) -> Result<String> {
+    let dir = tempfile::tempdir()?;
+    let mut daemons = Vec::new();
+    for host in 0..=TARGETS.len() {
+        let own = dir.path().join(format!("h{host}"));
+        fs::create_dir(&own)?;
+        daemons.push(Libvirt::start(&own).await?);
+    }
+    let mut builder = Cluster::builder(daemons.len());
+    for (index, daemon) in daemons.iter().enumerate() {
+        let uri = daemon.uri();
+        let args = ["--hypervisor", "libvirt", "--libvirt-uri", uri.as_str(), "--starts-at-once", "1"];
+        builder = builder.agent_args(index, &args);
+    }
+    let cluster = builder.start().await?;
+    cluster.wait_matrix().await?;
+
+    let source = cluster.agents()[0].datastore("ds1")?.join("golden");
+    fs::create_dir(&source)?;
+    let disk = source.join("golden.img");
+    libvirt::make_disk(&disk, false)?;
+    define(&daemons[0], dir.path(), &libvirt::definition("golden", &disk, "raw"))?;
+    let before = daemons[0].virsh(["dumpxml", "golden"])?;
+    // Its disk is of no matter: it is never started.
+    define(&daemons[1], dir.path(), &libvirt::definition(FOREIGN, &disk, "raw"))?;
+
+    let request = ImportImageRequest {
+        name: "golden".into(),
+        host: "h0".into(),
+        domain: "golden".into(),
+        ..ImportImageRequest::default()
+    };
+    let image = cluster.operator.try_import(request).await.map_err(told)?;
+    let names: Vec<&str> = image.files.iter().map(|file| file.name.as_str()).collect();
+    ensure!(names == ["golden.img", "domain.xml"], "{names:?}");
+
+    let wanted = DeploymentSpec {
+        start: true,
+        guest_sign: Some(GuestSign { sign: Some(Sign::Serial(SIGN.into())), within_seconds: 300 }),
+        cloud_init: Some(CloudInit::default()),
+        ..spec("golden", &TARGETS, copies)
+    };
+    let done = cluster.operator.deploy(wanted, WITHIN).await?;
+    ensure!(done.state() == State::Succeeded, "{}", summary(&done));
+
+    let mut guests = BTreeSet::new();
+    let mut macs = BTreeSet::new();
+    for (target, daemon) in done.targets.iter().zip(&daemons[1..]) {
+        let store = cluster.agent_of(&target.host)?.datastore("ds1")?;
+        for copy in &target.copies {
+            ensure!(copy.vm() == VmState::VmUp && copy.up_after_seconds > 0.0, "{copy:?}");
+            let (line, guest) = said(&store.join(&copy.name))?;
+            println!("{}: {line}", target.host);
+            ensure!(guest.uuid == copy.uuid && guest.host == copy.name, "{guest:?} is not {copy:?}");
+            ensure!(guests.insert(guest), "two guests are alike: {line}");
+            let xml = daemon.virsh(["dumpxml", &copy.name])?;
+            let mac = xml.split("<mac address='").nth(1).and_then(|rest| rest.split('\'').next());
+            ensure!(macs.insert(mac.context("no MAC address")?.to_owned()), "two MAC addresses are alike");
+        }
+    }
+    let started = guests.len();
+    ensure!(started == copies as usize * TARGETS.len(), "{started} guests");
+    ensure!(daemons[0].virsh(["dumpxml", "golden"])? == before, "the source's definition was changed");
+
+    remove(&cluster, &done.id)?;
+    for (index, daemon) in daemons.iter().enumerate() {
+        let left = daemon.domains()?;
+        let expected: &[&str] = match index {
+            0 => &["golden"],
+            1 => &[FOREIGN],
+            _ => &[],
+        };
+        ensure!(left == expected, "h{index} still has {left:?}");
+    }
+    for target in TARGETS {
+        let store = cluster.agent_of(target)?.datastore("ds1")?;
+        let left: Vec<_> = fs::read_dir(store)?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
+        ensure!(left == [".vmcast"], "{target} still has {left:?}");
+    }
+    cluster.finish().await?;
+    Ok(format!(
+        "{started} guests on {} hosts, no two alike; copies whole after {:.1} s, first guest up after {:.1} s, all after {:.1} s; \
+         all removed",
+        TARGETS.len(),
+        done.makespan_seconds,
+        done.time_to_first_vm_seconds,
+        done.time_to_all_vms_seconds
+    ))
+}
+
+fn define(daemon: &Libvirt, dir: &Path, definition: &str) -> Result<()> {
+    let file = dir.join("definition.xml");
+    fs::write(&file, definition)?;
+    daemon.virsh(["define".as_ref(), file.as_os_str()]).map(drop)
+}
+
+/// The line on a copy's console that says who the guest is.
+fn said(copy: &Path) -> Result<(String, Guest)> {
+    let console = fs::read(copy.join("golden.console"))?;
+    let console = String::from_utf8_lossy(&console);
+    let line = console.lines().find(|line| line.contains(SIGN)).context("the guest has said nothing")?;
+    let value = |key: &str| {
+        let of = |word: &str| word.strip_prefix(key).map(str::to_owned);
+        line.split_whitespace().find_map(of).with_context(|| format!("no {key} in {line}"))
+    };
+    Ok((line.trim().to_owned(), Guest { uuid: value("uuid=")?, host: value("host=")? }))
+}
+
+fn remove(cluster: &Cluster, id: &str) -> Result<()> {
+    let output = Command::new(Binaries::find()?.cli())
+        .args(["--controller", &format!("https://{}", cluster.address())])
+        .arg("--tls-dir")
+        .arg(cluster.pki.issue(Role::Operator, "remover", &[])?)
+        .args(["deployment", "rm", id, "--yes"])
+        .output()?;
+    ensure!(output.status.success(), "deployment rm: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}

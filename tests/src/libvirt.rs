@@ -1,0 +1,214 @@
+//! Real libvirt daemons, one per host under test, and a disk that boots.
+//!
+//! Each daemon has its own mount namespace, in which its own directories lie over the machine's: what the machine's libvirt has is
+//! neither seen nor touched.
+
+use std::{
+    ffi::OsStr,
+    fmt::Write as _,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::{binaries, wait};
+
+/// From its start until a daemon answers.
+const START: Duration = Duration::from_secs(30);
+/// Programs without which nothing here runs, and the Debian packages that have them.
+const NEEDS: [(&str, &str); 12] = [
+    ("libvirtd", "libvirt-daemon-system"),
+    ("virtlogd", "libvirt-daemon-system"),
+    ("virsh", "libvirt-clients"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-img", "qemu-utils"),
+    ("busybox", "busybox-static"),
+    ("grub-mkimage", "grub-common and grub-pc-bin"),
+    ("sgdisk", "gdisk"),
+    ("mke2fs", "e2fsprogs"),
+    ("depmod", "kmod"),
+    ("cpio", "cpio"),
+    ("unshare", "util-linux"),
+];
+/// Directories of libvirt's that each daemon has for itself.
+const OWN: [(&str, &str); 5] = [
+    ("etc", "/etc/libvirt"),
+    ("run", "/run/libvirt"),
+    ("lib", "/var/lib/libvirt"),
+    ("log", "/var/log/libvirt"),
+    ("cache", "/var/cache/libvirt"),
+];
+/// Guests may write where the tests do; nothing here is shared with anybody.
+const QEMU_CONF: &str = r#"user = "root"
+group = "root"
+security_driver = "none"
+cgroup_controllers = []
+namespaces = []
+remember_owner = 0
+"#;
+const LIBVIRTD_CONF: &str = "listen_tls = 0\nauth_unix_rw = \"none\"\nunix_sock_rw_perms = \"0700\"\n";
+
+/// What is missing to run virtual machines, if anything is.
+pub fn obstacle() -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("virtual machines are run as root".into());
+    }
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let mut dirs: Vec<PathBuf> = std::env::split_paths(&paths).collect();
+    dirs.extend(["/usr/sbin".into(), "/sbin".into()]);
+    let missing = |name: &str| !dirs.iter().any(|dir| dir.join(name).is_file());
+    let packages: Vec<&str> =
+        NEEDS.iter().filter(|(name, _)| missing(name)).map(|(_, package)| *package).collect();
+    (!packages.is_empty()).then(|| format!("not installed (Debian): {}", packages.join(", ")))
+}
+
+/// A running libvirt daemon of its own; ended, with its guests, when dropped.
+#[derive(Debug)]
+pub struct Libvirt {
+    dir: PathBuf,
+    child: Child,
+}
+
+impl Libvirt {
+    /// Starts one with its directories in `dir`, and returns when it answers.
+    pub async fn start(dir: &Path) -> Result<Self> {
+        let mut script = String::from("set -e\n");
+        for (name, over) in OWN {
+            fs::create_dir_all(dir.join(name))?;
+            fs::create_dir_all(over)?;
+            writeln!(script, "mount --bind '{}' {over}", dir.join(name).display())?;
+        }
+        fs::write(dir.join("etc/qemu.conf"), QEMU_CONF)?;
+        fs::write(dir.join("etc/libvirtd.conf"), LIBVIRTD_CONF)?;
+        let pid = |name: &str| dir.join(format!("{name}.pid")).display().to_string();
+        writeln!(script, "virtlogd --pid-file '{}' &", pid("virtlogd"))?;
+        writeln!(script, "exec libvirtd --pid-file '{}'", pid("libvirtd"))?;
+        let log = File::create(dir.join("libvirtd.log"))?;
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let child =
+            command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn().context("unshare")?;
+        let mut started = Self { dir: dir.into(), child };
+        let said = || fs::read_to_string(dir.join("libvirtd.log")).unwrap_or_default();
+        let answers = wait::until_true("libvirtd to answer", START, async || {
+            if let Some(status) = started.child.try_wait()? {
+                bail!("libvirtd ended with {status}:\n{}", said());
+            }
+            Ok(started.virsh(["list", "--all"]).is_ok())
+        });
+        answers.await.with_context(said)?;
+        Ok(started)
+    }
+
+    /// Where it is reached.
+    pub fn uri(&self) -> String {
+        format!("qemu:///system?socket={}", self.dir.join("run/libvirt-sock").display())
+    }
+
+    /// What `virsh` prints; an error if it fails.
+    pub fn virsh(&self, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Result<String> {
+        let output =
+            Command::new("virsh").args(["-q", "-c", &self.uri()]).args(args).output().context("virsh")?;
+        text_of(&output)
+    }
+
+    /// The names of all its domains.
+    pub fn domains(&self) -> Result<Vec<String>> {
+        let names = self.virsh(["list", "--all", "--name"])?;
+        Ok(names.lines().map(str::trim).filter(|name| !name.is_empty()).map(String::from).collect())
+    }
+}
+
+impl Drop for Libvirt {
+    fn drop(&mut self) {
+        // Guests first: they outlive the daemon.
+        for name in self.domains().unwrap_or_default() {
+            let _ = self.virsh(["destroy", &name]);
+        }
+        if let Some(group) = Pid::from_raw(self.child.id().cast_signed()) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        let _ = self.child.wait();
+    }
+}
+
+fn text_of(output: &Output) -> Result<String> {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    ensure!(output.status.success(), "{}: {}", output.status, text(&output.stderr));
+    Ok(text(&output.stdout))
+}
+
+/// Makes the tiny disk that boots, prints who it is on its serial console, and powers off. With `stay` it goes on, and writes.
+///
+/// The kernel is Debian's, fetched once and kept beside the build.
+pub fn make_disk(to: &Path, stay: bool) -> Result<()> {
+    let cache = binaries::profile_dir()?.join("../tmp/kernel");
+    if !cache.join("lib/modules").is_dir() {
+        fetch_kernel(&cache)?;
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm/mkimage.sh");
+    let mut command = Command::new("bash");
+    command.arg(script).arg(to).env("KROOT", &cache);
+    if stay {
+        command.env("STAY", "1");
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    dirs.extend(["/usr/sbin".into(), "/sbin".into()]);
+    command.env("PATH", std::env::join_paths(dirs)?);
+    text_of(&command.output().context("bash")?).context("mkimage.sh").map(drop)
+}
+
+fn fetch_kernel(to: &Path) -> Result<()> {
+    let parent = to.parent().context("no directory for the kernel")?;
+    fs::create_dir_all(parent)?;
+    let work = tempfile::tempdir_in(parent)?;
+    let depends = text_of(&Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]).output()?)?;
+    let package = depends
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: ").filter(|name| name.starts_with("linux-image")))
+        .context("no Debian kernel is known: run apt-get update")?;
+    let fetched =
+        Command::new("apt-get").current_dir(work.path()).args(["download", "-q", package]).output()?;
+    text_of(&fetched).context("apt-get download")?;
+    let file = fs::read_dir(work.path())?.next().context("nothing was downloaded")??.path();
+    let unpacked = work.path().join("unpacked");
+    text_of(&Command::new("dpkg-deb").arg("-x").arg(&file).arg(&unpacked).output()?).context("dpkg-deb")?;
+    fs::rename(&unpacked, to)?;
+    Ok(())
+}
+
+/// The definition of a domain with that disk.
+pub fn definition(name: &str, disk: &Path, format: &str) -> String {
+    let console = disk.with_extension("console");
+    format!(
+        "<domain type='qemu'>
+  <name>{name}</name>
+  <uuid>{}</uuid>
+  <memory unit='MiB'>160</memory>
+  <vcpu>1</vcpu>
+  <os><type arch='x86_64' machine='pc'>hvm</type><boot dev='hd'/></os>
+  <features><acpi/></features>
+  <on_poweroff>destroy</on_poweroff>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='{format}'/>
+      <source file='{}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <interface type='user'><mac address='52:54:00:12:34:56'/><model type='virtio'/></interface>
+    <serial type='file'><source path='{}'/><target port='0'/></serial>
+  </devices>
+</domain>
+",
+        uuid::Uuid::new_v4(),
+        disk.display(),
+        console.display()
+    )
+}
