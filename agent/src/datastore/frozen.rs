@@ -1,6 +1,6 @@
 //! Which VMs' disks are held still as images: on disk, since a VM must not be left on a snapshot, whatever becomes of the agent.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io};
 
 use serde::{Deserialize, Serialize};
 use vmcast_common::manifest::ImageId;
@@ -38,8 +38,11 @@ pub fn forget_frozen(store: &Datastore, id: &str) -> Result<(), StoreError> {
 
 /// All that are remembered, by id.
 pub fn frozen(store: &Datastore) -> Result<BTreeMap<String, FrozenRecord>, StoreError> {
-    let folder = store.state_folder(FROZEN)?;
     let fail = |e| store.fail(&store.state_path(FROZEN), e);
+    let folder = match folder::open_folder(store.state(), FROZEN) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+        other => other.map_err(fail)?,
+    };
     let mut all = BTreeMap::new();
     for id in folder::names(&folder).map_err(fail)? {
         // What was being replaced in a crash.

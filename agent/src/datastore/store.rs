@@ -233,7 +233,9 @@ impl Datastore {
         }
         match parts.first() {
             None => Err(self.invalid(format!("{path:?} names no file"))),
-            Some(first) if first == STATE && !is_source(&parts) => Err(self.invalid(format!("{path:?} is vmcast's own"))),
+            Some(first) if first == STATE && !is_source(&parts) => {
+                Err(self.invalid(format!("{path:?} is vmcast's own")))
+            }
             Some(_) => Ok(parts.join("/")),
         }
     }

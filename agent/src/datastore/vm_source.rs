@@ -121,8 +121,8 @@ pub(super) fn folders(store: &Datastore, image: &ImportedImage) -> BTreeSet<Stri
 
 /// Removes what was made for an image.
 pub(super) fn forget(store: &Datastore, image: &ImportedImage) -> Result<(), StoreError> {
-    let sources = store.state_folder(SOURCES)?;
     for folder in folders(store, image) {
+        let sources = store.state_folder(SOURCES)?;
         folder::remove_tree(&sources, &folder).map_err(|e| store.fail(&store.state_path(SOURCES), e))?;
     }
     Ok(())
@@ -130,8 +130,11 @@ pub(super) fn forget(store: &Datastore, image: &ImportedImage) -> Result<(), Sto
 
 /// Removes the folders that no image uses. Gives what was removed.
 pub(super) fn sweep(store: &Datastore, used: &BTreeSet<String>) -> Result<Vec<String>, StoreError> {
-    let sources = store.state_folder(SOURCES)?;
     let fail = |e| store.fail(&store.state_path(SOURCES), e);
+    let sources = match folder::open_folder(store.state(), SOURCES) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(fail)?,
+    };
     let mut removed = Vec::new();
     for name in folder::names(&sources).map_err(fail)? {
         if !used.contains(&name) {

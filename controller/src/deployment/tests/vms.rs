@@ -114,11 +114,7 @@ fn a_base_is_free_when_all_are_whole() {
     let deployment = bed.deployment();
     assert_eq!(deployment.state, State::Partial);
     assert_eq!(deployment.vms_up(), (Some(at(1002)), None), "h3 has none");
-    assert_eq!(
-        deployment.makespan(at(2000)),
-        Duration::from_secs(7),
-        "until the last copy, not the last VM"
-    );
+    assert_eq!(deployment.makespan(at(2000)), Duration::from_secs(7), "until the last copy, not the last VM");
 }
 
 #[test]
