@@ -142,7 +142,9 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         swept: false,
     };
     tasks.spawn(session.run(stop.clone()));
-    tasks.spawn(frozen::watch(frozen_of, frozen_jobs, stop.clone()));
+    for store in frozen_of.datastores.values() {
+        tasks.spawn(frozen::watch(frozen_of.clone(), frozen_jobs.clone(), store.clone(), stop.clone()));
+    }
     tasks.spawn(watchdog(stop.clone()));
     notify(&[sd_notify::NotifyState::Ready]);
 

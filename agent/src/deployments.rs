@@ -1,7 +1,7 @@
 //! The deployments this host has a part in: one job each.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     ops::Deref,
     sync::{
         Arc,
@@ -35,7 +35,7 @@ use crate::{
     datastore::{self, Datastore, StoreError},
     failure::Failure,
     frozen::FrozenVms,
-    hypervisor::{Hypervisor, Mark},
+    hypervisor::{DriverError, Hypervisor, Mark},
     job::Job,
     peers::Peers,
     progress::Progress,
@@ -45,6 +45,9 @@ use crate::{
 
 /// A job that is told to end must have let go of its files within this time; then they are removed under it.
 const END_WAIT: Duration = Duration::from_secs(10);
+
+/// Images of ended deployments that are remembered: whoever asks does so every second.
+const USED_KEPT: usize = 1024;
 
 /// What every job works with.
 #[derive(Debug)]
@@ -121,6 +124,8 @@ struct Running {
 pub struct Deployments {
     context: Arc<Context>,
     running: Mutex<BTreeMap<DeploymentId, Running>>,
+    /// Images of the last deployments that have ended here.
+    used: Mutex<VecDeque<ImageId>>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -128,7 +133,7 @@ pub struct Deployments {
 impl Deployments {
     /// None yet. `tasks` owns the jobs; `stop` ends them and keeps what they have on disk.
     pub fn new(context: Arc<Context>, tasks: TaskTracker, stop: CancellationToken) -> Self {
-        Self { context, running: Mutex::default(), tasks, stop }
+        Self { context, running: Mutex::default(), used: Mutex::default(), tasks, stop }
     }
 
     /// Takes on a part, or follows a change of one. Saying the same twice changes nothing.
@@ -174,6 +179,14 @@ impl Deployments {
             running.remove(deployment)
         };
         if let Some(job) = &job {
+            let image = job.assignment.borrow().image;
+            let mut used = self.used.lock();
+            used.push_back(image);
+            if used.len() > USED_KEPT {
+                used.pop_front();
+            }
+        }
+        if let Some(job) = &job {
             job.cancel.cancel();
             if timeout(END_WAIT, job.ended.cancelled()).await.is_err() {
                 tracing::warn!(deployment.id = %deployment, "the job does not end: its files are removed under it");
@@ -194,6 +207,10 @@ impl Deployments {
 
     /// Undoes what an ended deployment has made here: of each copy the VM first, then the copy.
     pub async fn remove(&self, command: RemoveCommand) -> RemoveReport {
+        if let Ok(id) = DeploymentId::new(command.deployment_id.clone()) {
+            // Nothing of it comes after.
+            self.release(&id).await;
+        }
         let mut report =
             RemoveReport { deployment_id: command.deployment_id.clone(), ..RemoveReport::default() };
         let mut failures = Vec::new();
@@ -230,11 +247,19 @@ impl Deployments {
             spawn_blocking(move || datastore::owner(&store, &name)).await??
         };
         let made = owner.filter(|owner| owner.deployment == deployment).and_then(|owner| owner.vm);
-        if vms || made.is_some() {
-            let by = |driver: &str| made.as_ref().is_none_or(|made| made.driver == driver);
-            let hypervisor = self.context.hypervisor.as_ref().filter(|it| by(it.driver().kind()));
+        let mark = Mark { deployment: deployment.clone(), copy: name.clone() };
+        if made.is_none() && vms {
+            // Nothing here says that a VM was made; if one was, and its copy was taken away since, it goes.
+            if let Some(hypervisor) = &self.context.hypervisor {
+                match hypervisor.driver().remove(&mark).await {
+                    Ok(()) | Err(DriverError::Foreign(_)) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        } else if let Some(made) = made {
+            let hypervisor = self.context.hypervisor.as_ref().filter(|it| it.driver().kind() == made.driver);
             let hypervisor = hypervisor.ok_or_else(|| {
-                let driver = made.as_ref().map_or("DRIVER", |made| &made.driver);
+                let driver = &made.driver;
                 let message = format!(
                     "host {}: VM {name} was made with --hypervisor {driver}, and the agent does not run with it now: it \
                      stays, with its copy",
@@ -242,7 +267,7 @@ impl Deployments {
                 );
                 Failure::new(Kind::Hypervisor, message)
             })?;
-            hypervisor.driver().remove(&Mark { deployment: deployment.clone(), copy: name.clone() }).await?;
+            hypervisor.driver().remove(&mark).await?;
         }
         spawn_blocking(move || datastore::remove_copy(&store, &deployment, &name)).await??;
         Ok(())
@@ -261,6 +286,11 @@ impl Deployments {
     /// A deployment uses the image on this host.
     pub fn uses(&self, image: ImageId) -> bool {
         self.running.lock().values().any(|job| job.assignment.borrow().image == image)
+    }
+
+    /// A deployment that has ended used the image on this host, not long ago.
+    pub fn has_used(&self, image: ImageId) -> bool {
+        self.used.lock().contains(&image)
     }
 
     /// Ends what uses the image on this host: others are not served any more.

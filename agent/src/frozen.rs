@@ -15,18 +15,17 @@ use std::{
 
 use tokio::{
     sync::Notify,
-    task::spawn_blocking,
+    task::{JoinSet, spawn_blocking},
     time::{Instant, MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
-use vmcast_common::{manifest::ImageId, name::DatastoreName};
+use vmcast_common::manifest::ImageId;
 
 use crate::{
-    datastore::{self, Datastore, FrozenRecord},
+    datastore::{self, Datastore, FrozenRecord, ImageCatalog, StoreError},
     deployments::{Context, Deployments},
     failure::Failure,
     hypervisor::Frozen,
-    images,
 };
 
 /// How often it is looked whether a VM can go back.
@@ -34,7 +33,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// An image that no deployment has used is kept for so long.
 const HOLD: Duration = Duration::from_secs(600);
 /// One that was used, and is not any more: another deployment may be about to begin.
-const AFTER_USE: Duration = Duration::from_secs(3);
+const AFTER_USE: Duration = Duration::from_secs(5);
 /// Without a controller a VM stays on its snapshot for so long.
 const ALONE: Duration = Duration::from_secs(900);
 /// Pause before it is tried again to put a VM back.
@@ -51,10 +50,10 @@ pub struct FrozenVms {
     pub images_changed: Notify,
 }
 
-/// A VM whose disks are being made an image. Dropped without [`keep`](Self::keep), it goes back to them soon.
+/// A VM whose disks are being made an image. If it is dropped without [`keep`](Self::keep), the VM goes back to them soon.
 #[derive(Debug)]
-pub struct Freezing<'a> {
-    context: &'a Context,
+pub struct Freezing {
+    context: Arc<Context>,
     store: Arc<Datastore>,
     id: String,
     record: FrozenRecord,
@@ -62,18 +61,23 @@ pub struct Freezing<'a> {
 
 impl FrozenVms {
     /// Holds a VM's disks still. `Failure` if that cannot be: then nothing has changed.
-    pub async fn freeze<'a>(
-        context: &'a Context,
+    pub async fn freeze(
+        context: &Arc<Context>,
         store: &Arc<Datastore>,
         vm: Frozen,
-    ) -> Result<Freezing<'a>, Failure> {
+    ) -> Result<Freezing, Failure> {
         let hypervisor = context.hypervisor.as_ref().ok_or_else(|| {
             Failure::new(vmcast_proto::v1::failure::Kind::Hypervisor, "this host has no hypervisor")
         })?;
         let id = uuid::Uuid::new_v4().to_string();
         let record = FrozenRecord { vm: vm.clone(), image: None, used: false };
         context.frozen.importing.lock().insert(id.clone());
-        let freezing = Freezing { context, store: store.clone(), id: id.clone(), record: record.clone() };
+        let freezing = Freezing {
+            context: context.clone(),
+            store: store.clone(),
+            id: id.clone(),
+            record: record.clone(),
+        };
         {
             let (store, id) = (store.clone(), id.clone());
             // First of all: whatever happens from here on, the VM is put back.
@@ -84,17 +88,16 @@ impl FrozenVms {
     }
 }
 
-impl Freezing<'_> {
-    /// Its disks are this image from now on.
-    pub async fn keep(mut self, image: ImageId) -> Result<(), Failure> {
+impl Freezing {
+    /// Its disks are this image from now on: to be said before the image is in the catalogue, so that the catalogue never has one of a
+    /// VM that is not remembered. Blocks the thread.
+    pub fn keep(&mut self, image: ImageId) -> Result<(), StoreError> {
         self.record.image = Some(image);
-        let (store, id, record) = (self.store.clone(), self.id.clone(), self.record.clone());
-        spawn_blocking(move || datastore::remember_frozen(&store, &id, &record)).await??;
-        Ok(())
+        datastore::remember_frozen(&self.store, &self.id, &self.record)
     }
 }
 
-impl Drop for Freezing<'_> {
+impl Drop for Freezing {
     fn drop(&mut self) {
         self.context.frozen.importing.lock().remove(&self.id);
     }
@@ -108,68 +111,93 @@ struct Watched {
     idle_since: Instant,
     /// When it was last tried to put it back.
     tried: Option<Instant>,
+    /// That is being tried now.
+    thawing: bool,
 }
 
-/// Puts VMs back on their disks when it is time, until `stop`.
-pub async fn watch(context: Arc<Context>, deployments: Arc<Deployments>, stop: CancellationToken) {
-    let mut watched: BTreeMap<(DatastoreName, String), Watched> = BTreeMap::new();
+/// Puts VMs whose disks are in `store` back on them when it is time, until `stop`.
+pub async fn watch(
+    context: Arc<Context>,
+    deployments: Arc<Deployments>,
+    store: Arc<Datastore>,
+    stop: CancellationToken,
+) {
+    let mut watched: BTreeMap<String, Watched> = BTreeMap::new();
+    let mut thaws: JoinSet<(String, Result<(), Failure>)> = JoinSet::new();
     let mut tick = interval(LOOK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut alone_since = Some(Instant::now());
-    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            Some(done) = thaws.join_next() => {
+                let Ok((id, done)) = done else { continue };
+                let Some(watched) = watched.get_mut(&id) else { continue };
+                watched.thawing = false;
+                if let Err(failure) = done {
+                    tracing::error!("VM {} is still on a snapshot: {}", watched.record.vm.domain, failure.message);
+                }
+                continue;
+            }
+            _ = tick.tick() => {}
+        }
         let now = Instant::now();
         if context.frozen.attached.load(Ordering::Relaxed) {
             alone_since = None;
         } else {
             alone_since.get_or_insert(now);
         }
-        for store in context.datastores.values() {
-            let of_store = store.clone();
-            let Ok(Ok(records)) = spawn_blocking(move || datastore::frozen(&of_store)).await else {
-                continue;
-            };
-            watched.retain(|(name, id), _| name != store.name() || records.contains_key(id));
-            for (id, record) in records {
-                let key = (store.name().clone(), id);
-                match watched.get_mut(&key) {
-                    Some(known) => known.record = record,
-                    None => drop(watched.insert(key, Watched { record, idle_since: now, tried: None })),
-                }
-            }
+        // Before the records are read: what an import is at work on now may be complete by then, and was not read so.
+        let importing = context.frozen.importing.lock().clone();
+        let of_store = store.clone();
+        let Ok(Ok(records)) = spawn_blocking(move || datastore::frozen(&of_store)).await else { continue };
+        watched.retain(|id, _| records.contains_key(id));
+        for (id, record) in records {
+            let new = Watched { record: record.clone(), idle_since: now, tried: None, thawing: false };
+            watched.entry(id).or_insert(new).record = record;
         }
-        for ((store, id), watched) in &mut watched {
-            if context.frozen.importing.lock().contains(id) {
+        for (id, watched) in &mut watched {
+            if importing.contains(id) || watched.thawing {
                 continue;
             }
-            let Some(store) = context.datastores.get(store) else { continue };
             let using = watched.record.image.is_some_and(|image| deployments.uses(image));
-            if using {
+            if using || alone_since.is_some() {
+                // Without a controller nobody says which deployments go on.
                 watched.idle_since = now;
-                if !watched.record.used {
-                    watched.record.used = true;
-                    let (store, id, record) = (store.clone(), id.clone(), watched.record.clone());
-                    let _ = spawn_blocking(move || datastore::remember_frozen(&store, &id, &record)).await;
-                }
+            }
+            let used = using || watched.record.image.is_some_and(|image| deployments.has_used(image));
+            if used && !watched.record.used {
+                watched.record.used = true;
+                let (store, id, record) = (store.clone(), id.clone(), watched.record.clone());
+                let _ = spawn_blocking(move || datastore::remember_frozen(&store, &id, &record)).await;
             }
             let idle = now.duration_since(watched.idle_since);
             let over = match (watched.record.image, alone_since) {
                 // The import failed, or was cut short.
                 (None, _) => true,
+                // `image rm`.
+                (Some(image), _) if !is_held(&store, image).await => true,
                 (_, Some(since)) => now.duration_since(since) > ALONE,
                 (Some(_), None) => idle > if watched.record.used { AFTER_USE } else { HOLD },
             };
             if over && watched.tried.is_none_or(|tried| now.duration_since(tried) > AGAIN) {
-                watched.tried = Some(now);
-                if let Err(failure) = thaw(&context, &deployments, store, id, &watched.record).await {
-                    tracing::error!(
-                        "VM {} is still on a snapshot: {}",
-                        watched.record.vm.domain,
-                        failure.message
-                    );
-                }
+                (watched.tried, watched.thawing) = (Some(now), true);
+                let (context, deployments, store) = (context.clone(), deployments.clone(), store.clone());
+                let (id, record) = (id.clone(), watched.record.clone());
+                thaws.spawn(async move {
+                    let done = thaw(&context, &deployments, &store, &id, &record).await;
+                    (id, done)
+                });
             }
         }
     }
+}
+
+async fn is_held(store: &Arc<Datastore>, image: ImageId) -> bool {
+    let catalog = ImageCatalog::new(store.clone());
+    // A catalogue that cannot be read says nothing.
+    let there = spawn_blocking(move || catalog.has(image)).await;
+    !matches!(there, Ok(Ok(false)))
 }
 
 /// Puts a VM back on its disks: they are no image any more.
@@ -189,8 +217,8 @@ async fn thaw(
     if let Some(image) = record.image {
         // Nobody reads what is about to change.
         deployments.end_uses(image).await;
-        let context = context.clone();
-        spawn_blocking(move || images::remove(&context, image)).await??;
+        let catalog = ImageCatalog::new(store.clone());
+        spawn_blocking(move || catalog.remove(image)).await??;
         deployments.images_changed();
     }
     hypervisor.driver().thaw(&record.vm).await?;

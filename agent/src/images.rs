@@ -18,7 +18,7 @@ use crate::{
     datastore::{self, CatalogEntry, Datastore, ImageCatalog, ImageReader, StoreError},
     deployments::{Context, Work},
     failure::Failure,
-    frozen::FrozenVms,
+    frozen::{Freezing, FrozenVms},
     hypervisor::{Frozen, FrozenDisk, SourceDisk, SourceVm},
 };
 
@@ -46,7 +46,7 @@ pub fn held(datastore: &DatastoreName, entry: &CatalogEntry) -> HeldImage {
 /// All images in a datastore whose files are as they were when they were imported. Blocks the thread.
 pub fn of_store(store: &Arc<Datastore>) -> Vec<HeldImage> {
     let images =
-        ImageCatalog::new(store.clone()).list(|entry| match ImageReader::open(store, &entry.image) {
+        ImageCatalog::new(store.clone()).list(|entry| match ImageReader::look(store, &entry.image) {
             Ok(_) => Some(held(store.name(), entry)),
             Err(error) => {
                 tracing::warn!("image {} is not offered: {error}", entry.name);
@@ -91,7 +91,7 @@ async fn import_all(
     outbox: mpsc::Sender<AgentMessage>,
 ) -> Result<HeldImage, Failure> {
     if command.domain.is_empty() {
-        return spawn_blocking(move || import_files(&context, &command, &cancel, &outbox)).await?;
+        return spawn_blocking(move || import_files(&context, &command, &cancel, &outbox, None)).await?;
     }
     let source = VmSource::find(&context, &command.domain).await?;
     // Dropped on any failure: the VM then goes back to its disks.
@@ -99,16 +99,17 @@ async fn import_all(
         Some(vm) => Some(FrozenVms::freeze(&context, &source.store, vm).await?),
         None => None,
     };
-    command.datastore = source.store.name().to_string();
+    let store = source.store.clone();
+    command.datastore = store.name().to_string();
     command.files = source.files(cancel.clone()).await?;
-    let of = context.clone();
-    let image = spawn_blocking(move || import_files(&of, &command, &cancel, &outbox)).await??;
-    if let Some(freezing) = freezing {
-        let id =
-            image.image_id.parse().map_err(|_| Failure::new(Kind::Internal, "an image without an id"))?;
-        freezing.keep(id).await?;
-    }
-    Ok(image)
+    spawn_blocking(move || {
+        let imported = import_files(&context, &command, &cancel, &outbox, freezing);
+        if imported.is_err() {
+            datastore::forget_vm_source(&store, &command.files);
+        }
+        imported
+    })
+    .await?
 }
 
 /// A VM that is to become an image.
@@ -131,6 +132,15 @@ impl VmSource {
         let (context, domain) = (context.clone(), domain.to_owned());
         spawn_blocking(move || {
             let host = &context.host;
+            for store in context.datastores.values() {
+                if datastore::frozen(store)?.values().any(|record| record.vm.domain == domain) {
+                    let message = format!(
+                        "host {host}: VM {domain} is on a snapshot already, for an earlier import: it goes back to its disks \
+                         when the deployments of that image have ended, or with `vmcast image rm`; import it then"
+                    );
+                    return Err(Failure::new(Kind::Invalid, message));
+                }
+            }
             let mut disks = Vec::new();
             let mut home: Option<Arc<Datastore>> = None;
             for SourceDisk { target, path, .. } in &vm.disks {
@@ -177,8 +187,12 @@ impl VmSource {
         };
         self.vm.active.then(|| Frozen {
             domain: self.domain.clone(),
-            disks: self.vm.disks.iter().map(disk).collect(),
-            others: self.vm.removable.clone(),
+            disks: self.vm.disks.iter().filter(|disk| !disk.readonly).map(disk).collect(),
+            // What nobody writes to stands still by itself.
+            others: (self.vm.disks.iter().filter(|disk| disk.readonly).map(|disk| &disk.target))
+                .chain(&self.vm.removable)
+                .cloned()
+                .collect(),
         })
     }
 
@@ -199,6 +213,7 @@ fn import_files(
     command: &ImportCommand,
     cancel: &AtomicBool,
     outbox: &mpsc::Sender<AgentMessage>,
+    freezing: Option<Freezing>,
 ) -> Result<HeldImage, Failure> {
     let invalid = |e: vmcast_common::name::NameError| Failure::new(Kind::Invalid, e.to_string());
     let name = ImageName::new(command.name.clone()).map_err(invalid)?;
@@ -218,6 +233,9 @@ fn import_files(
         }
     };
     let image = datastore::scan(store, &command.files, None, &mut progress, cancel)?;
+    if let Some(mut freezing) = freezing {
+        freezing.keep(image.manifest.id())?;
+    }
     ImageCatalog::new(store.clone()).save(&name, &image)?;
     Ok(held(store.name(), &CatalogEntry { name, kept: false, image }))
 }
@@ -236,7 +254,7 @@ pub fn forget_damaged(context: &Context, image: ImageId, block: u32) {
     for store in context.datastores.values() {
         let catalog = ImageCatalog::new(store.clone());
         let checked =
-            catalog.get(image).and_then(|entry| ImageReader::open(store, &entry.image)?.check_block(block));
+            catalog.get(image).and_then(|entry| ImageReader::look(store, &entry.image)?.check_block(block));
         if let Err(error @ StoreError::Damaged { .. }) = checked {
             tracing::error!(image.id = %image, "the image is forgotten here: {error}");
             if let Err(error) = catalog.remove(image) {

@@ -25,7 +25,10 @@ fn main() -> ExitCode {
     let run = || -> anyhow::Result<()> {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = runtime.worker_threads(workers()).enable_all().build()?;
-        runtime.block_on(app::run(args))
+        let done = runtime.block_on(app::run(args));
+        // What still blocks on a disk or a hypervisor is not waited for: it goes on after the next start.
+        runtime.shutdown_background();
+        done
     };
     match run() {
         Ok(()) => ExitCode::SUCCESS,

@@ -83,6 +83,15 @@ impl ImageCatalog {
         Ok(entries)
     }
 
+    /// Whether it has the image `id`, whole or damaged.
+    pub fn has(&self, id: ImageId) -> Result<bool, StoreError> {
+        match folder::open_folder(self.store.state(), &format!("{IMAGES}/{id}")) {
+            Ok(entry) => Ok(entry.is_file(META)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(self.store.fail(&entry_path(&self.store, id), error)),
+        }
+    }
+
     /// The image `id`; `NotFound` if it is not in the catalogue, `Disk` or `Invalid` if its entry is damaged.
     pub fn get(&self, id: ImageId) -> Result<CatalogEntry, StoreError> {
         let path = entry_path(&self.store, id);
@@ -120,10 +129,11 @@ impl ImageCatalog {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             // First of all: without it the entry does not count, so a crash half-way leaves nothing that looks whole.
             Ok(entry) => {
-                if let Ok(CatalogEntry { kept: false, image, .. }) = self.get(id) {
+                let was = self.get(id);
+                folder::remove_file(&entry, META).and_then(|()| folder::sync(&entry)).map_err(fail)?;
+                if let Ok(CatalogEntry { kept: false, image, .. }) = was {
                     vm_source::forget(&self.store, &image)?;
                 }
-                folder::remove_file(&entry, META).and_then(|()| folder::sync(&entry)).map_err(fail)?;
             }
             Err(error) => return Err(fail(error)),
         }

@@ -10,7 +10,7 @@
 //!   images/ID/{manifest,meta.json}        images that this host holds whole: see ImageCatalog
 //!   images/ID/files/                      their files, for those that a deployment kept
 //!   frozen/ID                             a VM on a snapshot, since its disks are an image
-//!   sources/IMAGE/                        of an image that was a VM: its definition and what else was no file of the datastore
+//!   sources/UUID/                         of an image that was a VM: its definition and what else was no file of the datastore
 //!   contents/ID/{manifest,copies.json}    which copies were made of an image: their blocks may be of use again
 //!   copies/NAME                           which deployment made the copy NAME, and whether a VM was made of it
 //!   deployments/ID/{manifest,map}         what an unfinished base copy should become, and what of it is there: see Staging
@@ -51,7 +51,7 @@ pub use copy::{CloneMode, CopyRequest, CopyStats, copy_image, keep_image};
 pub use error::StoreError;
 pub use frozen::{FrozenRecord, forget_frozen, frozen, remember_frozen};
 pub use measure::DiskRates;
-pub use ownership::{MadeVm, Owner, add_file, owner, remember_vm, remove_copy, texts};
+pub use ownership::{MadeVm, Owner, VmStage, add_file, owner, remember_vm, remove_copy, texts};
 pub use published::{deployments, published, published_or_free, release, sweep};
 pub use reader::ImageReader;
 pub use scan::scan;
@@ -60,4 +60,4 @@ pub use staging::Staging;
 pub use store::{Datastore, Reservation, SharedStorage, Usage};
 pub use survey::Survey;
 pub use twin::Twin;
-pub use vm_source::vm_source;
+pub use vm_source::{forget_vm_source, vm_source};

@@ -3,6 +3,7 @@
 use std::io;
 
 use cap_std::fs::Dir;
+use rustix::fs::{AtFlags, StatxFlags};
 use serde::{Deserialize, Serialize};
 use vmcast_common::{
     manifest::ImageId,
@@ -24,11 +25,21 @@ pub struct Owner {
     pub deployment: DeploymentId,
     /// The image that it was a copy of.
     pub image: ImageId,
-    /// The directory's inode number: another directory of that name is not the copy.
-    inode: u64,
+    /// Which directory it is: another of that name is not the copy.
+    #[serde(flatten)]
+    directory: Directory,
     /// The VM that was made of it.
     #[serde(default)]
     pub vm: Option<MadeVm>,
+}
+
+/// What tells a directory from all that had its name before, or will have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Directory {
+    inode: u64,
+    /// When it was made, in nanoseconds since 1970: inode numbers are given out again. 0 where the file system does not say.
+    #[serde(default)]
+    born: u64,
 }
 
 /// A VM that was made of a copy.
@@ -36,10 +47,23 @@ pub struct Owner {
 pub struct MadeVm {
     /// The driver that knows it.
     pub driver: String,
-    /// It may have run: the copy's files are its disks now, and no image any more.
-    pub started: bool,
+    /// How far it is at least.
+    pub stage: VmStage,
     /// The image's files in the copy.
     pub files: Vec<String>,
+}
+
+/// How far a VM is at least; each is remembered before the next step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum VmStage {
+    /// The hypervisor may know it.
+    Begun,
+    /// The hypervisor knows it.
+    Defined,
+    /// It may have run: the copy's files are its disks now, and no image any more.
+    Started,
+    /// Its guest was up. What became of it since is its operator's affair.
+    Up,
 }
 
 /// Whose the copy `name` is; none if it is not there, or not ours.
@@ -50,8 +74,8 @@ pub fn owner(store: &Datastore, name: &CopyName) -> Result<Option<Owner>, StoreE
         other => other.map_err(|e| store.fail(&path(store, name), e))?,
     };
     let Ok(owner) = serde_json::from_slice::<Owner>(&record) else { return Ok(None) };
-    let there = folder::open_folder(store.root(), name.as_str()).and_then(|copy| inode(&copy));
-    Ok(there.is_ok_and(|inode| inode == owner.inode).then_some(owner))
+    let there = folder::open_folder(store.root(), name.as_str()).and_then(|copy| directory(&copy));
+    Ok(there.is_ok_and(|directory| directory == owner.directory).then_some(owner))
 }
 
 /// Remembers that `deployment` made the copy `name`, which is published.
@@ -62,9 +86,9 @@ pub(super) fn own(
     name: &CopyName,
 ) -> Result<(), StoreError> {
     let fail = |e| store.fail(name.as_str(), e);
-    let inode =
-        folder::open_folder(store.root(), name.as_str()).and_then(|copy| inode(&copy)).map_err(fail)?;
-    write(store, name, &Owner { deployment: deployment.clone(), image, inode, vm: None })
+    let directory =
+        folder::open_folder(store.root(), name.as_str()).and_then(|copy| directory(&copy)).map_err(fail)?;
+    write(store, name, &Owner { deployment: deployment.clone(), image, directory, vm: None })
 }
 
 /// Remembers the VM that was made of a copy; before it is made, so that nothing is forgotten.
@@ -100,7 +124,7 @@ pub fn remove_copy(
     let owner = owner(store, name)?.filter(|owner| owner.deployment == *deployment);
     let Some(owner) = owner else { return Ok(false) };
     // Out of sight first: after a crash it is there as it was, or not at all.
-    let hidden = format!("{REMOVED}{}", owner.inode);
+    let hidden = format!("{REMOVED}{}", owner.directory.inode);
     folder::remove_tree(store.state(), &hidden).map_err(fail)?;
     folder::rename_new(store.root(), name.as_str(), store.state(), &hidden).map_err(fail)?;
     folder::sync(store.root()).map_err(fail)?;
@@ -167,8 +191,13 @@ fn path(store: &Datastore, name: &CopyName) -> String {
     store.state_path(&format!("{COPIES}/{name}"))
 }
 
-fn inode(dir: &Dir) -> io::Result<u64> {
-    Ok(rustix::fs::fstat(dir)?.st_ino)
+fn directory(dir: &Dir) -> io::Result<Directory> {
+    let wanted = StatxFlags::INO | StatxFlags::BTIME;
+    let stat = rustix::fs::statx(dir, "", AtFlags::EMPTY_PATH, wanted)?;
+    let told = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME);
+    let seconds = u64::try_from(stat.stx_btime.tv_sec).unwrap_or(0);
+    let born = seconds.saturating_mul(1_000_000_000).saturating_add(stat.stx_btime.tv_nsec.into());
+    Ok(Directory { inode: stat.stx_ino, born: if told { born } else { 0 } })
 }
 
 #[cfg(test)]
@@ -196,17 +225,17 @@ mod tests {
         own(&store, &id("d1"), image, &name).unwrap();
         assert!(!remove_copy(&store, &id("d2"), &name).unwrap(), "another deployment's copy");
         assert!(dir.path().join("web-1/disk").exists());
-        let vm = MadeVm { driver: "libvirt".into(), started: true, files: vec!["disk".into()] };
+        let vm = MadeVm { driver: "libvirt".into(), stage: VmStage::Started, files: vec!["disk".into()] };
         assert!(remember_vm(&store, &id("d2"), &name, vm.clone()).is_err());
         remember_vm(&store, &id("d1"), &name, vm.clone()).unwrap();
         assert_eq!(owner(&store, &name).unwrap().unwrap().vm, Some(vm));
         assert!(remove_copy(&store, &id("d1"), &name).unwrap());
         assert!(!dir.path().join("web-1").exists());
         assert_eq!(owner(&store, &name).unwrap(), None);
-        // Another directory of that name is not what was remembered. (Kept in place, so that its inode is not used again.)
+        // Another directory of that name is not what was remembered, though it may have its inode number.
         make();
         own(&store, &id("d1"), image, &name).unwrap();
-        fs::rename(dir.path().join("web-1"), dir.path().join("moved")).unwrap();
+        fs::remove_dir_all(dir.path().join("web-1")).unwrap();
         make();
         assert!(!remove_copy(&store, &id("d1"), &name).unwrap());
         assert!(dir.path().join("web-1/disk").exists());

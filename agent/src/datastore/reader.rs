@@ -33,11 +33,19 @@ impl ImageReader {
     ///
     /// Fails with `NotFound` or `SourceChanged` if a file is gone or not as it was, with `InUse` if a VM uses it.
     pub fn open(store: &Arc<Datastore>, imported: &ImportedImage) -> Result<Arc<Self>, StoreError> {
+        let reader = Self::look(store, imported)?;
+        for (source, file) in &reader.files {
+            guard::forbid_writing(store, &source.path, file)?;
+        }
+        Ok(reader)
+    }
+
+    /// As [`open`](Self::open), for a look: a VM that starts meanwhile is not kept from its disks.
+    pub fn look(store: &Arc<Datastore>, imported: &ImportedImage) -> Result<Arc<Self>, StoreError> {
         let mut files = Vec::with_capacity(imported.files.len());
         for source in &imported.files {
             let file = folder::open_file(store.root(), &source.path)
                 .map_err(|e| store.fail_opening(&source.path, e))?;
-            guard::forbid_writing(store, &source.path, &file)?;
             files.push((source.clone(), Arc::new(file)));
         }
         Self::new(store, Arc::clone(&imported.manifest), files, false)

@@ -22,7 +22,7 @@ use super::{
     folder,
     formats::{HEAD, Header, header},
     guard,
-    source::{ImportedImage, SourceFile},
+    source::ImportedImage,
     store::Datastore,
 };
 
@@ -114,9 +114,20 @@ fn make(
 
 /// The folders of `SOURCES` in which files of `image` lie.
 pub(super) fn folders(store: &Datastore, image: &ImportedImage) -> BTreeSet<String> {
+    image.files.iter().filter_map(|file| folder_of(store, &file.path)).collect()
+}
+
+fn folder_of(store: &Datastore, path: &str) -> Option<String> {
     let start = store.state_path(&format!("{SOURCES}/"));
-    let folder = |file: &SourceFile| Some(file.path.strip_prefix(&start)?.split_once('/')?.0.to_owned());
-    image.files.iter().filter_map(folder).collect()
+    Some(path.strip_prefix(&start)?.split_once('/')?.0.to_owned())
+}
+
+/// Removes what was made for a VM that did not become an image. What cannot be removed goes at the next start.
+pub fn forget_vm_source(store: &Datastore, files: &[String]) {
+    for folder in files.iter().filter_map(|file| folder_of(store, file)).collect::<BTreeSet<_>>() {
+        let removed = store.state_folder(SOURCES).map(|sources| folder::remove_tree(&sources, &folder));
+        tracing::debug!(folder, ?removed, "what was made for the image is removed");
+    }
 }
 
 /// Removes what was made for an image.

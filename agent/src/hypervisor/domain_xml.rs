@@ -1,7 +1,7 @@
 //! A libvirt domain definition, made over for a copy. Pure: text in, text out.
 //!
-//! What must differ between copies gets a value of the copy's own; what would lead out of the copy is refused; all else is
-//! carried as it is, known or not. The format: <https://libvirt.org/formatdomain.html>.
+//! What must differ between copies gets a value of the copy's own; a disk that is no file of the image is refused; all else is
+//! carried as it is, known or not, what passes through the host's devices and folders too: a definition is as trusted as whoever wrote it. The format: <https://libvirt.org/formatdomain.html>.
 
 use std::{
     collections::BTreeMap,
@@ -11,7 +11,7 @@ use std::{
 use vmcast_common::name::{CopyName, DeploymentId};
 use xot::{Node, Xot};
 
-use super::{DriverError, Frozen, FrozenDisk, GuestSign, Mark, SourceDisk, SourceVm, Vm};
+use super::{DriverError, Frozen, FrozenDisk, GuestSign, Mark, SourceDisk, SourceVm, Vm, seed};
 
 /// Namespace of the element that marks a domain as made by vmcast.
 pub(super) const NAMESPACE: &str = "urn:vmcast:copy:1";
@@ -62,7 +62,8 @@ pub(super) fn source(name: &str, xml: String, active: bool) -> Result<SourceVm, 
         let format = document.child(disk, "driver").and_then(|driver| document.attribute(driver, "type"));
         // As libvirt has it.
         let format = format.unwrap_or("raw").to_owned();
-        disks.push(SourceDisk { target, path: path.into(), format });
+        let readonly = document.child(disk, "readonly").is_some();
+        disks.push(SourceDisk { target, path: path.into(), format, readonly });
     }
     if disks.is_empty() {
         return Err(fail("it has no disks".into()));
@@ -316,6 +317,11 @@ impl Document {
                 continue;
             }
             let (target, path) = self.disk_file(disk)?;
+            if vm.seed.is_some() && seed::is_seed(&path) && self.child(disk, "readonly").is_some() {
+                // The source is a copy itself: it gets a seed of its own.
+                self.remove(disk);
+                continue;
+            }
             let own = vm.own_file(&path).ok_or_else(|| {
                 format!(
                     "disk {target} is in {path}, and the image has no file of that name; it has: {}",

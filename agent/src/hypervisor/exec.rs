@@ -17,6 +17,8 @@ use super::{Driver, DriverError, Frozen, GuestSign, Mark, SourceVm, Vm};
 
 /// Version of what a hook is told.
 const VERSION: u32 = 1;
+/// Exit status of a hook that found somebody else's VM under the name.
+const FOREIGN: i32 = 10;
 /// What is read of a hook's output, in bytes: enough for a reason, and a bound.
 const MOST_OUTPUT: u64 = 64 * 1024;
 /// What a hook has said before its end is there to be read within this time.
@@ -147,6 +149,9 @@ impl Exec {
                 tracing::info!(hook.action = action, "hook: {}", output.trim());
             }
             return Ok(());
+        }
+        if status.code() == Some(FOREIGN) {
+            return Err(DriverError::Foreign(about.trim().to_owned()));
         }
         let last = errors.lines().rev().find(|line| !line.trim().is_empty());
         let why =

@@ -1,6 +1,6 @@
 //! libvirt, through its official bindings.
 //!
-//! A connection is opened for each step and closed after it: steps are few, and a daemon that was restarted meanwhile is no matter.
+//! A connection is opened for each step and closed after it: steps are few, and a daemon that was restarted between them is no matter.
 //! libvirt's calls block; each step runs on a blocking thread, and is given up after [`ANSWER`] if the daemon hangs.
 
 mod live;
@@ -24,6 +24,8 @@ use super::{Driver, DriverError, Frozen, GuestSign, Mark, SourceVm, Vm, domain_x
 
 /// A step is given up after this time.
 const ANSWER: Duration = Duration::from_secs(60);
+/// A guest may take its time to bring its file systems to rest; then libvirt gives up.
+const FREEZE: Duration = Duration::from_secs(600);
 /// What a VM has written while its disks were frozen is committed within this time.
 const COMMIT: Duration = Duration::from_secs(4 * 3600);
 /// Pause between two looks at a VM that starts.
@@ -43,6 +45,8 @@ pub struct Libvirt {
 impl Libvirt {
     /// The hypervisor at `uri`, such as `qemu:///system`.
     pub fn new(uri: String, host: HostName) -> Self {
+        // Its errors are told where they matter, and not on standard error too.
+        virt::error::clear_error_callback();
         Self { uri, host }
     }
 
@@ -183,7 +187,19 @@ impl Driver for Libvirt {
             })?;
             let active = domain.is_active().map_err(fail)?;
             let xml = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE).map_err(fail)?;
-            domain_xml::source(&name, xml, active)
+            let vm = domain_xml::source(&name, xml, active)?;
+            if active {
+                // A snapshot is of the disks that it has, an image of those that it is defined with.
+                let live = domain_xml::source(&name, domain.xml_desc(0).map_err(fail)?, active)?;
+                if !live.has_disks_of(&vm) {
+                    return Err(DriverError::Definition(format!(
+                        "host {}: VM {name} runs with other disks than it is defined with: shut it down first, or bring the two \
+                         together (`virsh domblklist`, with and without --inactive)",
+                        this.host
+                    )));
+                }
+            }
+            Ok(vm)
         })
         .await
     }
@@ -191,7 +207,7 @@ impl Driver for Libvirt {
     async fn freeze(&self, frozen: &Frozen) -> Result<(), DriverError> {
         let frozen = frozen.clone();
         let what = format!("snapshot of VM {}", frozen.domain);
-        self.step(&what, move |this, connection| this.freeze_disks(connection, &frozen)).await
+        self.step_within(FREEZE, &what, move |this, connection| this.freeze_disks(connection, &frozen)).await
     }
 
     async fn thaw(&self, frozen: &Frozen) -> Result<(), DriverError> {
@@ -237,7 +253,14 @@ impl Driver for Libvirt {
     async fn wait_up(&self, vm: &Vm) -> Result<(), DriverError> {
         let deadline = Instant::now() + vm.up_within;
         loop {
-            let shown = self.look(vm).await?;
+            let shown = match self.look(vm).await {
+                // Its daemon may be starting again.
+                Err(DriverError::Unavailable(_) | DriverError::Late(_)) if Instant::now() < deadline => {
+                    sleep(LOOK).await;
+                    continue;
+                }
+                shown => shown?,
+            };
             if shown.sign {
                 return Ok(());
             }

@@ -142,6 +142,21 @@ pub struct SourceVm {
     pub nvram: Option<PathBuf>,
 }
 
+impl SourceVm {
+    /// Where a disk is.
+    pub fn path_of(&self, target: &str) -> Option<&PathBuf> {
+        self.disks.iter().find(|disk| disk.target == target).map(|disk| &disk.path)
+    }
+
+    /// Both have the same disks in the same places, and the same drives.
+    pub fn has_disks_of(&self, other: &Self) -> bool {
+        let same = |disk: &SourceDisk| other.path_of(&disk.target) == Some(&disk.path);
+        self.disks.len() == other.disks.len()
+            && self.disks.iter().all(same)
+            && self.removable == other.removable
+    }
+}
+
 /// A disk of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceDisk {
@@ -151,6 +166,8 @@ pub struct SourceDisk {
     pub path: PathBuf,
     /// Its format, as the definition has it.
     pub format: String,
+    /// The VM does not write to it.
+    pub readonly: bool,
 }
 
 /// A running VM whose disks are held still, so that they can be an image.

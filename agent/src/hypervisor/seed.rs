@@ -11,6 +11,8 @@ use super::Identity;
 const OVERHEAD: usize = 256 * 1024;
 /// Longest text of each kind, in bytes; far above what a seed has.
 pub const MOST_TEXT: usize = 256 * 1024;
+/// Name of the file with a seed.
+const FILE: &str = "cidata.img";
 /// Where the request says nothing of its own.
 const META_DATA: &str = "instance-id: {uuid}\nlocal-hostname: {name}\n";
 const USER_DATA: &str = "#cloud-config\n";
@@ -63,6 +65,20 @@ impl Templates {
         volume.unmount()?;
         Ok(disk.into_inner())
     }
+}
+
+/// A name for the seed that none of an image's files has.
+pub fn file_name(files: &[String]) -> String {
+    let mut name = FILE.to_owned();
+    while files.contains(&name) {
+        name.insert(0, '-');
+    }
+    name
+}
+
+/// The file has a name that seeds have.
+pub fn is_seed(path: &str) -> bool {
+    path.rsplit('/').next().is_some_and(|name| name.trim_start_matches('-') == FILE)
 }
 
 /// Replaces the names in braces that are known; other braces are YAML.

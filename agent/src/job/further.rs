@@ -104,17 +104,25 @@ impl Job {
             let (progress, within) = (self.progress.clone(), datastore == base.datastore);
             copying.spawn_blocking(move || {
                 let mut source = base_reader;
+                let mut own = within;
                 for (n, copy) in copies.iter().enumerate() {
+                    let store = copier.context.datastore(&datastore)?;
+                    let (deployment, image) = (&copier.assignment.deployment, source.image());
+                    if datastore::published(store, deployment, &copy.name, image)? {
+                        // Of an earlier run. It may be a VM's disk by now: it is not opened.
+                        progress.published(&copy.name);
+                        continue;
+                    }
+                    if n > 0 && !own {
+                        // From here on nothing crosses between datastores.
+                        source = ImageReader::open_copy(store, &copies[0].name, source.manifest())?;
+                        own = true;
+                    }
                     let twin = twins
                         .iter()
                         .find(|twin| *twin.name() == copy.name && *twin.store().name() == copy.datastore);
                     copier.copy(&source, copy, twin.map(|twin| &**twin))?;
                     progress.published(&copy.name);
-                    if n == 0 && !within {
-                        // From here on nothing crosses between datastores.
-                        let store = copier.context.datastore(&datastore)?;
-                        source = ImageReader::open_copy(store, &copy.name, source.manifest())?;
-                    }
                 }
                 Ok(())
             });

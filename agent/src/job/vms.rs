@@ -4,22 +4,20 @@
 //! and it is remembered on disk before it starts that from here on the copy is no image any more.
 
 use tokio::task::JoinSet;
-use vmcast_common::name::CopyName;
+use vmcast_common::name::{CopyName, DatastoreName};
 use vmcast_proto::v1::{VmState, deployment_report::Phase, failure::Kind};
 
 use super::{Job, blocking};
 use crate::{
     assignment::{Assignment, Placement, VmOrder},
-    datastore::{self, MadeVm, StoreError},
+    datastore::{self, MadeVm, StoreError, VmStage},
     failure::Failure,
     hypervisor::{
         Definition, DriverError, Hypervisor, Identity, MOST_DEFINITION, Mark, Vm,
-        seed::{Names, Templates},
+        seed::{self, Names, Templates},
     },
 };
 
-/// Name of the disk with a cloud-init seed; with a dash before it where the image has a file of that name.
-const SEED: &str = "cidata.img";
 /// Failures of single VMs that are told in full.
 const TOLD: usize = 3;
 
@@ -51,7 +49,7 @@ impl Job {
         let (store, name) = (self.context.datastore(&base.datastore)?.clone(), base.name.clone());
         let owner = blocking(move || datastore::owner(&store, &name)).await?;
         let made = owner.filter(|owner| owner.deployment == assignment.deployment).and_then(|owner| owner.vm);
-        Ok(made.filter(|made| made.started).map(|made| made.files))
+        Ok(made.filter(|made| made.stage >= VmStage::Started).map(|made| made.files))
     }
 
     /// Makes a VM of each copy and starts it, if that is asked for. Fails when all that could be made are, if some could not.
@@ -68,7 +66,9 @@ impl Job {
         for (index, copy) in assignment.copies.iter().enumerate() {
             let vm = self.vm(assignment, order, index, files).await?;
             match self.define(&hypervisor, order, copy, &vm).await {
-                Ok(()) => {
+                // Of an earlier run of the agent.
+                Ok(VmStage::Up) => self.progress.vm(&copy.name, vm.uuid(), VmState::VmUp),
+                Ok(_) => {
                     self.progress.vm(&copy.name, vm.uuid(), VmState::VmDefined);
                     defined.push((index == 0, copy.clone(), vm));
                 }
@@ -111,10 +111,6 @@ impl Job {
         let texts = blocking(move || datastore::texts(&store, &name, ".xml", MOST_DEFINITION)).await?;
         // What a VM has written beside the image's files is not the image's.
         let texts = texts.into_iter().filter(|(file, _)| files.contains(file)).collect();
-        let mut seed = SEED.to_owned();
-        while files.contains(&seed) {
-            seed.insert(0, '-');
-        }
         Ok(Vm {
             identity: Identity::new(&order.identity_seed, &self.context.host, &copy.name),
             mark: mark(assignment, &copy.name),
@@ -124,7 +120,7 @@ impl Job {
             directory,
             files: files.to_vec(),
             definition: Definition::among(texts)?,
-            seed: order.cloud_init.is_some().then_some(seed),
+            seed: order.cloud_init.is_some().then(|| seed::file_name(files)),
             sign: order.sign.clone(),
             up_within: order.up_within,
             number: index + 1,
@@ -137,33 +133,54 @@ impl Job {
         order: &VmOrder,
         copy: &Placement,
         vm: &Vm,
-    ) -> Result<(), Failure> {
+    ) -> Result<VmStage, Failure> {
         let store = self.context.datastore(&copy.datastore)?.clone();
         let (name, deployment) = (copy.name.clone(), vm.mark.deployment.clone());
-        let made =
-            MadeVm { driver: hypervisor.driver().kind().into(), started: false, files: vm.files.clone() };
+        let made = made(hypervisor, vm, VmStage::Begun);
         let seed = order.cloud_init.as_ref().zip(vm.seed.clone());
         let seed =
             seed.map(|(templates, file)| Ok::<_, Failure>((file, seed_disk(templates, vm)?))).transpose()?;
-        let begun = blocking(move || {
-            let owner = datastore::owner(&store, &name)?;
-            if owner.and_then(|owner| owner.vm).is_some_and(|made| made.started) {
-                return Ok(true);
+        let stage = blocking(move || {
+            let known = datastore::owner(&store, &name)?.and_then(|owner| owner.vm);
+            // What an operator has changed of it since, or what it runs with, stays.
+            if let Some(known) = known.filter(|known| known.stage > VmStage::Begun) {
+                return Ok(known.stage);
             }
             datastore::remember_vm(&store, &deployment, &name, made)?;
             if let Some((file, disk)) = seed {
                 datastore::add_file(&store, &name, &file, &disk)?;
             }
-            Ok::<_, StoreError>(false)
+            Ok::<_, StoreError>(VmStage::Begun)
         })
         .await?;
-        if !begun {
+        if stage == VmStage::Begun {
             hypervisor.driver().define(vm).await?;
+            self.remember_stage(hypervisor, copy, vm, VmStage::Defined).await?;
+            return Ok(VmStage::Defined);
         }
-        Ok(())
+        Ok(stage)
     }
 
-    /// Starts the further copies' VMs at once and the base's when it is free.
+    async fn remember_stage(
+        &self,
+        hypervisor: &Hypervisor,
+        copy: &Placement,
+        vm: &Vm,
+        stage: VmStage,
+    ) -> Result<(), Failure> {
+        let store = self.context.datastore(&copy.datastore)?.clone();
+        let (name, deployment) = (copy.name.clone(), vm.mark.deployment.clone());
+        let made = made(hypervisor, vm, stage);
+        blocking(move || datastore::remember_vm(&store, &deployment, &name, made)).await
+    }
+
+    /// Another host may take its base from any copy there.
+    fn is_shared(&self, datastore: &DatastoreName) -> bool {
+        self.context.datastores.get(datastore).is_some_and(|store| store.shared().is_some())
+    }
+
+    /// Starts the further copies' VMs at once, and when all hosts have the image those of copies that they may take it from: the base,
+    /// and what lies in shared storage.
     async fn start(
         &mut self,
         hypervisor: &Hypervisor,
@@ -171,30 +188,23 @@ impl Job {
         mut waiting: Vec<(bool, Placement, Vm)>,
         failed: &mut Vec<String>,
     ) -> Result<(), Failure> {
-        let mut starting: JoinSet<(CopyName, uuid::Uuid, Result<(), DriverError>)> = JoinSet::new();
+        let mut starting: JoinSet<(Placement, Vm, Result<(), DriverError>)> = JoinSet::new();
         let mut free = assignment.vms.as_ref().is_some_and(|order| order.base_free);
         loop {
-            let (ready, rest): (Vec<_>, Vec<_>) =
-                waiting.into_iter().partition(|(is_base, ..)| free || !is_base);
+            let (ready, rest): (Vec<_>, Vec<_>) = waiting
+                .into_iter()
+                .partition(|(is_base, copy, _)| free || !(*is_base || self.is_shared(&copy.datastore)));
             waiting = rest;
             for (is_base, copy, vm) in ready {
                 if is_base {
                     self.context.serving.retract(&assignment.deployment);
                 }
-                let store = self.context.datastore(&copy.datastore)?.clone();
-                let (name, deployment) = (copy.name.clone(), vm.mark.deployment.clone());
-                let made = MadeVm {
-                    driver: hypervisor.driver().kind().into(),
-                    started: true,
-                    files: vm.files.clone(),
-                };
-                blocking(move || datastore::remember_vm(&store, &deployment, &name, made)).await?;
+                self.remember_stage(hypervisor, &copy, &vm, VmStage::Started).await?;
                 let (hypervisor, progress) = (hypervisor.clone(), self.progress.clone());
                 starting.spawn(async move {
-                    let (name, uuid) = (copy.name, vm.uuid());
-                    let runs = || progress.vm(&name, uuid, VmState::VmRunning);
+                    let runs = || progress.vm(&copy.name, vm.uuid(), VmState::VmRunning);
                     let up = hypervisor.start(&vm, runs).await;
-                    (name, uuid, up)
+                    (copy, vm, up)
                 });
             }
             if starting.is_empty() && waiting.is_empty() {
@@ -202,11 +212,14 @@ impl Job {
             }
             tokio::select! {
                 Some(done) = starting.join_next() => {
-                    let (name, uuid, up) = done?;
+                    let (copy, vm, up) = done?;
                     match up {
-                        Ok(()) => self.progress.vm(&name, uuid, VmState::VmUp),
+                        Ok(()) => {
+                            self.remember_stage(hypervisor, &copy, &vm, VmStage::Up).await?;
+                            self.progress.vm(&copy.name, vm.uuid(), VmState::VmUp);
+                        }
                         Err(error) => {
-                            self.progress.vm(&name, uuid, VmState::VmFailed);
+                            self.progress.vm(&copy.name, vm.uuid(), VmState::VmFailed);
                             failed.push(error.to_string());
                         }
                     }
@@ -217,6 +230,10 @@ impl Job {
             }
         }
     }
+}
+
+fn made(hypervisor: &Hypervisor, vm: &Vm, stage: VmStage) -> MadeVm {
+    MadeVm { driver: hypervisor.driver().kind().into(), stage, files: vm.files.clone() }
 }
 
 fn mark(assignment: &Assignment, copy: &CopyName) -> Mark {

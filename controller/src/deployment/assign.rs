@@ -207,7 +207,7 @@ pub(super) fn desired(deployment: &Deployment) -> BTreeMap<HostName, Assignment>
     let mut want: BTreeMap<HostName, Assignment> = BTreeMap::new();
     // Whoever is whole stays whole: what is free is never needed again.
     let base_free = deployment.spec.start
-        && deployment.targets.values().all(|target| target.state.ended() || target.whole());
+        && deployment.targets.values().all(|target| target.state.ended() || needs_nobody(target));
     for target in deployment.in_order() {
         let Some(base) = base_of(deployment, target) else { continue };
         let copies = target.copies.iter().map(|copy| (copy.datastore.clone(), copy.name.clone())).collect();
@@ -230,6 +230,15 @@ pub(super) fn desired(deployment: &Deployment) -> BTreeMap<HostName, Assignment>
         }
     }
     want
+}
+
+/// It reads from no other host's copies any more.
+fn needs_nobody(target: &Target) -> bool {
+    match target.origin {
+        // All its copies are made from the other's.
+        Origin::SharedCopy { .. } => target.copies.iter().all(|copy| copy.published),
+        Origin::Network | Origin::SharedImage { .. } => target.whole(),
+    }
 }
 
 fn base_of(deployment: &Deployment, target: &Target) -> Option<Base> {

@@ -7,7 +7,7 @@ use vmcast_common::name::{DeploymentId, HostName};
 use super::{
     Engine, Host,
     losses::feeds_any,
-    model::{Deployment, State, TargetState},
+    model::{Deployment, State, Target, TargetState},
     spec::Strategy,
 };
 
@@ -18,10 +18,25 @@ const CUT_OFF: u32 = 20;
 /// Slower than any disk that one would deploy to.
 const SLOWEST_COPY: f64 = 10e6;
 
+/// How long a guest may take until it is up where the request does not say, in seconds.
+const UP_SECONDS: u32 = 300;
+
 /// On a crowded link blocks come slowly: a pause means nothing that is not so many times longer than any before it,
 /// up to so many times the usual limit.
 const UNUSUAL: u32 = 4;
 const LONGEST: u32 = 5;
+
+/// Nothing keeps the target's VMs from being started.
+fn may_start(deployment: &Deployment, target: &Target) -> bool {
+    !deployment.spec.start || target.assignment.as_ref().is_some_and(|assignment| assignment.base_free)
+}
+
+/// How long a target's VMs may take, if each takes as long as it may.
+fn vms_take(deployment: &Deployment, target: &Target) -> Duration {
+    let within = deployment.spec.guest_sign.as_ref().map_or(0, |sign| sign.within_seconds);
+    let within = if within == 0 { UP_SECONDS } else { within };
+    Duration::from_secs(u64::from(within)) * target.copies.len() as u32
+}
 
 impl Engine {
     /// Does what is due. Called a few times a second.
@@ -124,8 +139,8 @@ impl Engine {
             .in_order()
             .into_iter()
             .filter(|target| !target.state.ended() && target.assignment.is_some() && target.feed_or_shared())
-            // Its agent waits for VMs as long as the request says, and tells.
-            .filter(|target| target.state != TargetState::Starting)
+            // A VM may wait for other hosts to have the image: they have limits of their own.
+            .filter(|target| target.state != TargetState::Starting || may_start(deployment, target))
             .filter(|target| self.connected(&target.host))
             .filter_map(|target| {
                 // A target may copy once per datastore and copy; each publication counts as progress.
@@ -136,6 +151,9 @@ impl Engine {
                 let syncing = receiving && target.verified >= deployment.image.data_bytes;
                 let quiet = target.state == TargetState::Copying || begun || syncing;
                 let limit = if quiet { copying } else { stall };
+                // Its agent waits for each VM as long as the request says, and tells; they may start one after the other.
+                let starting = target.state == TargetState::Starting;
+                let limit = if starting { stall + vms_take(deployment, target) } else { limit };
                 let limit = limit.max((target.longest_pause * UNUSUAL).min(stall * LONGEST));
                 let idle = now.saturating_sub(target.progress_at);
                 let reason = format!(

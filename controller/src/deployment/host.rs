@@ -232,6 +232,7 @@ impl Engine {
                 host.away_since = now;
             }
         }
+        self.removals_forget(now, &name);
         let known = self.hosts.get(&name);
         let moved = known.is_some_and(|host| host.address != registration.address);
         let new = known.is_none_or(|host| !host.connected());

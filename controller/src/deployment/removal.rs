@@ -146,6 +146,25 @@ impl Engine {
         self.emit(now, "REMOVAL_FAILED", Some(id), None, None, message);
     }
 
+    /// A new session of a host: what the old one was asked for is not answered any more.
+    pub(super) fn removals_forget(&mut self, now: Duration, host: &HostName) {
+        let asked: Vec<DeploymentId> = (self.removals.iter())
+            .filter(|(_, removal)| removal.waiting.contains(host))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in asked {
+            self.give_up_on(now, &id, host, "its agent went away".into());
+        }
+    }
+
+    fn give_up_on(&mut self, now: Duration, id: &DeploymentId, host: &HostName, why: String) {
+        if let Some(removal) = self.removals.get_mut(id) {
+            removal.waiting.remove(host);
+            removal.failed.insert(host.clone(), why);
+        }
+        self.settle_removal(now, id);
+    }
+
     pub(super) fn check_removals(&mut self, now: Duration) {
         self.removals.retain(|_, removal| removal.outcome.is_none() || now < removal.since + OUTCOME_KEPT);
         let mut over = Vec::new();
@@ -160,11 +179,7 @@ impl Engine {
             }
         }
         for (id, host, why) in over {
-            if let Some(removal) = self.removals.get_mut(&id) {
-                removal.waiting.remove(&host);
-                removal.failed.insert(host, why);
-            }
-            self.settle_removal(now, &id);
+            self.give_up_on(now, &id, &host, why);
         }
     }
 }

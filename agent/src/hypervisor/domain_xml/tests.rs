@@ -186,6 +186,23 @@ fn a_seed_is_one_more_disk_and_a_console_is_logged_when_it_is_watched() {
 }
 
 #[test]
+fn a_copy_of_a_copy_has_one_seed() {
+    let disk = |file: &str, dev: &str, more: &str| {
+        format!("<disk type='file'><source file='/a/{file}'/><target dev='{dev}' bus='virtio'/>{more}</disk>")
+    };
+    let devices = disk("disk.qcow2", "vda", "") + &disk("cidata.img", "vdb", "<readonly/>");
+    let mut vm = vm(&format!("<domain><devices>{devices}</devices></domain>"));
+    vm.files.push("cidata.img".into());
+    vm.seed = Some("-cidata.img".into());
+    let xml = adapt(&vm).unwrap().xml;
+    assert!(xml.contains("web-h2-1/-cidata.img") && !xml.contains("web-h2-1/cidata.img"), "{xml}");
+    assert_eq!(xml.matches("vdb").count(), 1, "{xml}");
+    vm.seed = None;
+    let xml = adapt(&vm).unwrap().xml;
+    assert!(xml.contains("web-h2-1/cidata.img"), "{xml}");
+}
+
+#[test]
 fn what_a_console_writes_is_no_file_of_the_image() {
     let xml = "<domain><devices>\
                <serial type='file'><source path='/tmp/disk.qcow2'/></serial>\
@@ -199,7 +216,10 @@ fn what_a_console_writes_is_no_file_of_the_image() {
 fn a_vm_says_which_files_it_consists_of() {
     let vm = source("golden", RUNNING.into(), true).unwrap();
     let path = PathBuf::from("/srv/vm/golden/disk.qcow2");
-    assert_eq!(vm.disks, [SourceDisk { target: "vda".into(), path, format: "qcow2".into() }]);
+    assert_eq!(
+        vm.disks,
+        [SourceDisk { target: "vda".into(), path, format: "qcow2".into(), readonly: false }]
+    );
     assert_eq!(vm.removable, ["sda"]);
     assert_eq!(vm.nvram.unwrap(), Path::new("/var/lib/libvirt/qemu/nvram/golden_VARS.fd"));
     assert!(vm.active && vm.xml == RUNNING);

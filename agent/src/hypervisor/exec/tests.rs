@@ -77,6 +77,11 @@ async fn a_failed_hook_says_why() {
     for expected in ["host h2", "define web-h2-1", "exit status: 3", "no storage pool"] {
         assert!(text.contains(expected), "{text}");
     }
+    let foreign = driver(hook(dir.path(), "exit 10"), ten);
+    assert_eq!(
+        foreign.remove(&vm(dir.path()).mark).await.unwrap_err(),
+        DriverError::Foreign("web-h2-1".into())
+    );
     // Far more output than is kept, on both, and a request that is not read.
     let noisy = driver(
         hook(dir.path(), "exec 0<&-; head -c 3000000 /dev/zero; head -c 3000000 /dev/zero >&2; exit 1"),

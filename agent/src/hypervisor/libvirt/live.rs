@@ -17,7 +17,7 @@ use virt::{
 };
 
 use super::{
-    super::{Frozen, FrozenDisk},
+    super::{Frozen, FrozenDisk, SourceVm},
     DriverError, Libvirt, domain_xml,
 };
 
@@ -58,13 +58,24 @@ impl Libvirt {
     /// Commits the overlays back and removes them. Whatever was done before is recognised.
     pub(super) fn thaw_disks(&self, connection: &Connect, frozen: &Frozen) -> Result<(), DriverError> {
         let name = &frozen.domain;
-        let domain = self.must_find(connection, name)?;
-        let fail = |error: Error| self.failed(&format!("VM {name} cannot be put back on its disks"), &error);
-        let active = domain.is_active().map_err(fail)?;
-        let flags = if active { 0 } else { sys::VIR_DOMAIN_XML_INACTIVE };
-        let now = domain_xml::source(name, domain.xml_desc(flags).map_err(fail)?, active)?;
+        let Some(domain) = self.find(connection, name)? else {
+            // Nobody can be put back. What the VM has written since is in the overlays: they are for people to look at.
+            let left: Vec<String> =
+                frozen.disks.iter().map(|disk| disk.overlay.display().to_string()).collect();
+            tracing::error!(
+                "VM {name} is gone from libvirt while it was on a snapshot; left as they are: {}",
+                left.join(", ")
+            );
+            return Ok(());
+        };
+        let active = self.is_active(&domain, name)?;
+        for disk in frozen.disks.iter().filter(|_| active) {
+            // Waits for a snapshot that is being taken, or fails: a VM that is not on its overlay yet may be in a moment.
+            block_job::progress(&domain, &disk.target).map_err(|error| self.unsettled(name, &error))?;
+        }
+        let now = self.disks(&domain, name, active)?;
         for disk in &frozen.disks {
-            let at = now.disks.iter().find(|it| it.target == disk.target).map(|it| &it.path);
+            let at = now.path_of(&disk.target);
             if at == Some(&disk.overlay) {
                 if active {
                     Self::commit(&domain, &disk.target, &disk.file).map_err(|what| {
@@ -85,15 +96,50 @@ impl Libvirt {
                     disk.overlay.display()
                 )));
             }
-            // Nothing in it is needed any more, or it never was.
-            if let Err(error) = fs::remove_file(&disk.overlay)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                tracing::warn!("{} cannot be removed: {error}", disk.overlay.display());
+        }
+        // The VM may have been started, or its definition be of before: an overlay that anybody uses stays.
+        let mut views = vec![self.disks(&domain, name, false)?];
+        if self.is_active(&domain, name)? {
+            views.push(self.disks(&domain, name, true)?);
+        }
+        for disk in &frozen.disks {
+            if views.iter().any(|view| view.path_of(&disk.target) != Some(&disk.file)) {
+                let overlay = disk.overlay.display();
+                return Err(DriverError::Failed(format!(
+                    "host {}: VM {name} is on {overlay} still",
+                    self.host
+                )));
+            }
+        }
+        for disk in &frozen.disks {
+            match fs::remove_file(&disk.overlay) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(DriverError::Failed(format!(
+                        "host {}: {} is needed no more, and cannot be removed: {error}",
+                        self.host,
+                        disk.overlay.display()
+                    )));
+                }
+                _ => {}
             }
         }
         tracing::info!("VM {name} is on its own disks again");
         Ok(())
+    }
+
+    fn unsettled(&self, name: &str, error: &Error) -> DriverError {
+        self.failed(&format!("VM {name} cannot be put back on its disks"), error)
+    }
+
+    fn is_active(&self, domain: &Domain, name: &str) -> Result<bool, DriverError> {
+        domain.is_active().map_err(|error| self.unsettled(name, &error))
+    }
+
+    /// Its disks, as it has them now or as it is defined.
+    fn disks(&self, domain: &Domain, name: &str, live: bool) -> Result<SourceVm, DriverError> {
+        let flags = if live { 0 } else { sys::VIR_DOMAIN_XML_INACTIVE };
+        let xml = domain.xml_desc(flags).map_err(|error| self.unsettled(name, &error))?;
+        domain_xml::source(name, xml, live)
     }
 
     fn must_find(&self, connection: &Connect, name: &str) -> Result<Domain, DriverError> {
@@ -109,7 +155,10 @@ impl Libvirt {
         let (mut last, mut idle) = (None, Duration::ZERO);
         loop {
             let now = block_job::progress(domain, disk).map_err(said)?.ok_or("the commit has ended early")?;
-            if now.0 == now.1 {
+            if !now.commits {
+                return Err("somebody else's job is at work on it".into());
+            }
+            if now.done == now.of {
                 match block_job::pivot(domain, disk) {
                     Ok(()) => return Ok(()),
                     // Not begun yet, or the VM has written meanwhile.
@@ -120,7 +169,7 @@ impl Libvirt {
             idle = if last == Some(now) { idle + LOOK } else { Duration::ZERO };
             last = Some(now);
             if idle > STALL {
-                return Err(format!("the commit comes no further at {} of {} bytes", now.0, now.1));
+                return Err(format!("the commit comes no further at {} of {} bytes", now.done, now.of));
             }
             thread::sleep(LOOK);
         }
@@ -197,15 +246,27 @@ mod block_job {
         .map(drop)
     }
 
-    /// Bytes done and to do of the job on a disk, if there is one.
-    pub(super) fn progress(domain: &Domain, disk: &str) -> Result<Option<(u64, u64)>, Error> {
+    /// A job on a disk.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(super) struct Job {
+        /// It commits the active layer.
+        pub(super) commits: bool,
+        /// Bytes done.
+        pub(super) done: u64,
+        /// Bytes to do in all.
+        pub(super) of: u64,
+    }
+
+    /// The job on a disk, if there is one.
+    pub(super) fn progress(domain: &Domain, disk: &str) -> Result<Option<Job>, Error> {
         let disk = text(disk.as_bytes());
         let mut info = sys::virDomainBlockJobInfo { type_: 0, bandwidth: 0, cur: 0, end: 0 };
         // SAFETY: the domain and the text live during the call; `info` is written to only during it.
         let found = checked(unsafe {
             sys::virDomainGetBlockJobInfo(domain.as_ptr(), disk.as_ptr(), &raw mut info, 0)
         })?;
-        Ok((found == 1).then_some((info.cur, info.end)))
+        let commits = info.type_.cast_unsigned() == sys::VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT;
+        Ok((found == 1).then_some(Job { commits, done: info.cur, of: info.end }))
     }
 
     /// Ends a job that is ready, with the VM on the file that was committed into.
