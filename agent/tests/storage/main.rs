@@ -7,6 +7,7 @@ mod import;
 mod mounts;
 mod staging;
 mod twins;
+mod vm_source;
 
 use std::{
     fs::{self, File},
