@@ -78,8 +78,9 @@ async fn deploy(args: &Args) -> Result<String> {
         last = ticks;
         println!("live: run {run}: {ticks} ticks without a gap{}", if kill { ", agent killed" } else { "" });
     }
-    daemon.virsh(["destroy", DOMAIN])?;
-    ensure!(check(&disk, dir.path())? >= last, "the source has lost something");
+    let ticks = shut_off(&cluster, &daemon, &disk).await.context("shut off on its snapshot")?;
+    ensure!(ticks > last, "{ticks} ticks after {last}: the source has lost something");
+    println!("live: shut off on its snapshot, and back on its own disk with {ticks} ticks");
     if args.kills == 0 {
         cluster.finish().await?;
     } else {
@@ -128,6 +129,33 @@ async fn once(cluster: &mut Cluster, daemon: &Libvirt, disk: &Path, run: u32, ki
     let removed =
         cluster.operator.deployments().remove(RemoveDeploymentRequest { id: done.id }).await.map_err(told)?;
     ensure!(removed.into_inner().copies == 2);
+    Ok(ticks)
+}
+
+/// Imports the running VM, has it write, and ends it: what it has written in its overlay must be on its disk. The ticks there.
+async fn shut_off(cluster: &Cluster, daemon: &Libvirt, disk: &Path) -> Result<u64> {
+    let request = ImportImageRequest {
+        name: "live-off".into(),
+        host: "h0".into(),
+        domain: DOMAIN.into(),
+        ..ImportImageRequest::default()
+    };
+    cluster.operator.try_import(request).await.map_err(told)?;
+    let listed = daemon.virsh(["domblklist", DOMAIN])?;
+    ensure!(listed.contains(".vmcast-"), "it is on no snapshot: {listed}");
+    let said = || -> Result<usize> {
+        Ok(String::from_utf8_lossy(&fs::read(disk.with_extension("console"))?).matches("TINYVM tick").count())
+    };
+    // Each fifth is followed by a sync.
+    let before = said()?;
+    wait::until_true("the guest to write into its overlay", WITHIN, async || Ok(said()? > before + 10))
+        .await?;
+    daemon.virsh(["destroy", DOMAIN])?;
+    let request = vmcast_proto::v1::RemoveImageRequest { name: "live-off".into() };
+    cluster.operator.images().remove(request).await.map_err(told)?;
+    back(daemon, disk).await?;
+    let ticks = check(disk, cluster.path())?;
+    ensure!(ticks > before as u64, "{ticks} ticks on the disk, and {before} had been said before");
     Ok(ticks)
 }
 
