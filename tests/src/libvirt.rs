@@ -168,19 +168,32 @@ fn fetch_kernel(to: &Path) -> Result<()> {
     let parent = to.parent().context("no directory for the kernel")?;
     fs::create_dir_all(parent)?;
     let work = tempfile::tempdir_in(parent)?;
-    let depends = text_of(&Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]).output()?)?;
-    let package = depends
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: ").filter(|name| name.starts_with("linux-image")))
-        .context("no Debian kernel is known: run apt-get update")?;
+    let package = if let Some(package) = kernel_package()? {
+        package
+    } else {
+        // The lists of packages are not there, or of before.
+        text_of(&Command::new("apt-get").args(["update", "-qq"]).output()?).context("apt-get update")?;
+        kernel_package()?.context("apt knows no package linux-image-cloud-amd64")?
+    };
     let fetched =
-        Command::new("apt-get").current_dir(work.path()).args(["download", "-q", package]).output()?;
+        Command::new("apt-get").current_dir(work.path()).args(["download", "-q", &package]).output()?;
     text_of(&fetched).context("apt-get download")?;
     let file = fs::read_dir(work.path())?.next().context("nothing was downloaded")??.path();
     let unpacked = work.path().join("unpacked");
     text_of(&Command::new("dpkg-deb").arg("-x").arg(&file).arg(&unpacked).output()?).context("dpkg-deb")?;
     fs::rename(&unpacked, to)?;
     Ok(())
+}
+
+/// The package with Debian's present kernel for virtual machines, if apt knows it.
+fn kernel_package() -> Result<Option<String>> {
+    let depends = Command::new("apt-cache").args(["depends", "linux-image-cloud-amd64"]).output()?;
+    let depends = String::from_utf8_lossy(&depends.stdout).into_owned();
+    let kernel = |line: &str| {
+        let name = line.trim().strip_prefix("Depends: ")?;
+        name.starts_with("linux-image").then(|| name.to_owned())
+    };
+    Ok(depends.lines().find_map(kernel))
 }
 
 /// The definition of a domain with that disk.
