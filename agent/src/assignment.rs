@@ -9,6 +9,7 @@ use vmcast_common::{
     manifest::{ImageId, ManifestError},
     name::{CopyName, DatastoreName, DeploymentId, HostName, ImageName, NameError},
     net::LinkKey,
+    vm::{GUEST_UP_SECONDS, MAX_CLOUD_INIT_TEXT},
 };
 use vmcast_proto::v1::{
     self, AssignCommand, CloneMode as ProtoClone, DataEncryption, OnLoss, assign_command, guest_sign::Sign,
@@ -16,10 +17,7 @@ use vmcast_proto::v1::{
 
 use crate::{
     datastore::CloneMode,
-    hypervisor::{
-        GuestSign,
-        seed::{self, Templates},
-    },
+    hypervisor::{GuestSign, seed::Templates},
     transfer::{schedule::Upstreams, turns::Priority},
 };
 
@@ -48,7 +46,7 @@ pub enum BadAssignment {
     #[error("the link key for host {0} does not have 32 bytes")]
     LinkKey(HostName),
     /// Texts that are too long.
-    #[error("a text for cloud-init is longer than {} bytes", seed::MOST_TEXT)]
+    #[error("a text for cloud-init is longer than {MAX_CLOUD_INIT_TEXT} bytes")]
     CloudInit,
 }
 
@@ -128,13 +126,10 @@ pub struct VmOrder {
     pub cloud_init: Option<Templates>,
 }
 
-/// Where the order gives no time.
-const UP_WITHIN: u32 = 300;
-
 impl VmOrder {
     fn from_proto(order: v1::VmOrder) -> Result<Self, BadAssignment> {
         let sign = order.guest_sign.unwrap_or_default();
-        let within = if sign.within_seconds == 0 { UP_WITHIN } else { sign.within_seconds };
+        let within = if sign.within_seconds == 0 { GUEST_UP_SECONDS } else { sign.within_seconds };
         let cloud_init = order.cloud_init.map(|texts| Templates {
             meta_data: texts.meta_data,
             user_data: texts.user_data,
@@ -143,7 +138,7 @@ impl VmOrder {
         let long = |texts: &Templates| {
             [&texts.meta_data, &texts.user_data, &texts.network_config]
                 .iter()
-                .any(|text| text.len() > seed::MOST_TEXT)
+                .any(|text| text.len() > MAX_CLOUD_INIT_TEXT)
         };
         if cloud_init.as_ref().is_some_and(long) {
             return Err(BadAssignment::CloudInit);

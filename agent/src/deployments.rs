@@ -88,6 +88,17 @@ impl Context {
         })
     }
 
+    /// What makes VMs here. `Failure` if nothing does.
+    pub fn hypervisor(&self) -> Result<&Hypervisor, Failure> {
+        self.hypervisor.as_ref().ok_or_else(|| {
+            let message = format!(
+                "host {} knows no VMs, and makes none of copies: start its agent with --hypervisor",
+                self.host
+            );
+            Failure::new(Kind::Hypervisor, message)
+        })
+    }
+
     /// Serves to whom the assignment names, and to nobody else; and knows the keys of its links from now on.
     pub fn grant(&self, assignment: &Assignment) {
         self.serving.grant(assignment);
@@ -179,14 +190,7 @@ impl Deployments {
             running.remove(deployment)
         };
         if let Some(job) = &job {
-            let image = job.assignment.borrow().image;
-            let mut used = self.used.lock();
-            used.push_back(image);
-            if used.len() > USED_KEPT {
-                used.pop_front();
-            }
-        }
-        if let Some(job) = &job {
+            self.remember_use(job.assignment.borrow().image);
             job.cancel.cancel();
             if timeout(END_WAIT, job.ended.cancelled()).await.is_err() {
                 tracing::warn!(deployment.id = %deployment, "the job does not end: its files are removed under it");
@@ -286,6 +290,14 @@ impl Deployments {
     /// A deployment uses the image on this host.
     pub fn uses(&self, image: ImageId) -> bool {
         self.running.lock().values().any(|job| job.assignment.borrow().image == image)
+    }
+
+    fn remember_use(&self, image: ImageId) {
+        let mut used = self.used.lock();
+        used.push_back(image);
+        if used.len() > USED_KEPT {
+            used.pop_front();
+        }
     }
 
     /// A deployment that has ended used the image on this host, not long ago.

@@ -5,7 +5,7 @@
 //! (`DATASTORE/.vmcast/frozen`): an agent that was killed goes on with it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::{
     sync::Notify,
     task::{JoinSet, spawn_blocking},
@@ -43,7 +44,7 @@ const AGAIN: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub struct FrozenVms {
     /// An import is at work on these: nobody else touches them.
-    importing: parking_lot::Mutex<std::collections::BTreeSet<String>>,
+    importing: Mutex<BTreeSet<String>>,
     /// There is a session with the controller.
     pub attached: AtomicBool,
     /// Wakes the session: this host holds other images than before.
@@ -66,9 +67,7 @@ impl FrozenVms {
         store: &Arc<Datastore>,
         vm: Frozen,
     ) -> Result<Freezing, Failure> {
-        let hypervisor = context.hypervisor.as_ref().ok_or_else(|| {
-            Failure::new(vmcast_proto::v1::failure::Kind::Hypervisor, "this host has no hypervisor")
-        })?;
+        let hypervisor = context.hypervisor()?;
         let id = uuid::Uuid::new_v4().to_string();
         let record = FrozenRecord { vm: vm.clone(), image: None, used: false };
         context.frozen.importing.lock().insert(id.clone());
@@ -208,12 +207,7 @@ async fn thaw(
     id: &str,
     record: &FrozenRecord,
 ) -> Result<(), Failure> {
-    let host = &context.host;
-    let hypervisor = context.hypervisor.as_ref().ok_or_else(|| {
-        let message =
-            format!("host {host} runs without --hypervisor: start its agent with --hypervisor libvirt");
-        Failure::new(vmcast_proto::v1::failure::Kind::Hypervisor, message)
-    })?;
+    let hypervisor = context.hypervisor()?;
     if let Some(image) = record.image {
         // Nobody reads what is about to change.
         deployments.end_uses(image).await;

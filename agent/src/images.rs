@@ -123,12 +123,7 @@ struct VmSource {
 
 impl VmSource {
     async fn find(context: &Arc<Context>, domain: &str) -> Result<Self, Failure> {
-        let host = &context.host;
-        let hypervisor = context.hypervisor.as_ref().ok_or_else(|| {
-            let message = format!("host {host} knows no VMs: start its agent with --hypervisor libvirt");
-            Failure::new(Kind::Hypervisor, message)
-        })?;
-        let vm = hypervisor.driver().source(domain).await?;
+        let vm = context.hypervisor()?.driver().source(domain).await?;
         let (context, domain) = (context.clone(), domain.to_owned());
         spawn_blocking(move || {
             let host = &context.host;

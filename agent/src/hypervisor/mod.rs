@@ -244,3 +244,24 @@ impl Hypervisor {
         self.driver.wait_up(vm).await
     }
 }
+
+/// A VM for tests, of a copy with one disk.
+#[cfg(test)]
+fn example() -> Vm {
+    let name = |name: &str| CopyName::new(name).unwrap();
+    let host = HostName::new("h2").unwrap();
+    Vm {
+        identity: Identity::new("monday", &host, &name("web-h2-1")),
+        mark: Mark { deployment: DeploymentId::new("d-1").unwrap(), copy: name("web-h2-1") },
+        host,
+        image: ImageName::new("web").unwrap(),
+        datastore: DatastoreName::new("ds1").unwrap(),
+        directory: "/srv/vm/web-h2-1".into(),
+        files: vec!["disk.qcow2".into()],
+        definition: None,
+        seed: None,
+        sign: GuestSign::Running,
+        up_within: Duration::from_secs(1),
+        number: 1,
+    }
+}

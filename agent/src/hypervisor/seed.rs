@@ -9,8 +9,6 @@ use super::Identity;
 
 /// Size of the disk that is not files, in bytes: FAT's own tables, and room for directories.
 const OVERHEAD: usize = 256 * 1024;
-/// Longest text of each kind, in bytes; far above what a seed has.
-pub const MOST_TEXT: usize = 256 * 1024;
 /// Name of the file with a seed.
 const FILE: &str = "cidata.img";
 /// Where the request says nothing of its own.

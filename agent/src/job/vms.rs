@@ -28,17 +28,7 @@ impl Job {
             return Ok(());
         }
         let marks: Vec<Mark> = assignment.copies.iter().map(|copy| mark(assignment, &copy.name)).collect();
-        Ok(self.hypervisor()?.driver().prepare(&marks).await?)
-    }
-
-    fn hypervisor(&self) -> Result<Hypervisor, Failure> {
-        self.context.hypervisor.clone().ok_or_else(|| {
-            let host = &self.context.host;
-            let message = format!(
-                "host {host} makes no VMs: its copies are whole; start its agent with --hypervisor, and deploy again"
-            );
-            Failure::new(Kind::Hypervisor, message)
-        })
+        Ok(self.context.hypervisor()?.driver().prepare(&marks).await?)
     }
 
     /// The image's files, if the base may have run as a VM: it is no image any more then.
@@ -59,7 +49,7 @@ impl Job {
         files: &[String],
     ) -> Result<(), Failure> {
         let Some(order) = &assignment.vms else { return Ok(()) };
-        let hypervisor = self.hypervisor()?;
+        let hypervisor = self.context.hypervisor()?.clone();
         self.progress.phase(Phase::Starting);
         let mut failed = Vec::new();
         let mut defined = Vec::new();

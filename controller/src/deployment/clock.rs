@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use vmcast_common::name::{DeploymentId, HostName};
+use vmcast_common::{
+    name::{DeploymentId, HostName},
+    vm::GUEST_UP_SECONDS,
+};
 
 use super::{
     Engine, Host,
@@ -18,9 +21,6 @@ const CUT_OFF: u32 = 20;
 /// Slower than any disk that one would deploy to.
 const SLOWEST_COPY: f64 = 10e6;
 
-/// How long a guest may take until it is up where the request does not say, in seconds.
-const UP_SECONDS: u32 = 300;
-
 /// On a crowded link blocks come slowly: a pause means nothing that is not so many times longer than any before it,
 /// up to so many times the usual limit.
 const UNUSUAL: u32 = 4;
@@ -34,7 +34,7 @@ fn may_start(deployment: &Deployment, target: &Target) -> bool {
 /// How long a target's VMs may take, if each takes as long as it may.
 fn vms_take(deployment: &Deployment, target: &Target) -> Duration {
     let within = deployment.spec.guest_sign.as_ref().map_or(0, |sign| sign.within_seconds);
-    let within = if within == 0 { UP_SECONDS } else { within };
+    let within = if within == 0 { GUEST_UP_SECONDS } else { within };
     Duration::from_secs(u64::from(within)) * target.copies.len() as u32
 }
 

@@ -5,7 +5,10 @@ use std::{
     time::Duration,
 };
 
-use vmcast_common::name::{DeploymentId, HostName};
+use vmcast_common::{
+    name::{DeploymentId, HostName},
+    vm::MAX_CLOUD_INIT_TEXT,
+};
 
 use super::{
     Engine,
@@ -27,8 +30,6 @@ const MOST_REQUEST_ID: usize = 128;
 const MOST_UP_SECONDS: u32 = 3_600;
 /// Longest text that is looked for on a console, in characters.
 const MOST_SERIAL_SIGN: usize = 200;
-/// Longest text for cloud-init, in bytes.
-const MOST_CLOUD_INIT: usize = 256 * 1024;
 /// Name of the driver that needs a domain definition.
 const LIBVIRT: &str = "libvirt";
 
@@ -334,9 +335,9 @@ fn check_vms(spec: &Spec) -> Result<(), EngineError> {
         ("user_data", &texts.user_data),
         ("network_config", &texts.network_config),
     ];
-    match named.into_iter().find(|(_, text)| text.len() > MOST_CLOUD_INIT) {
+    match named.into_iter().find(|(_, text)| text.len() > MAX_CLOUD_INIT_TEXT) {
         Some((name, text)) => {
-            let message = format!("it has {} bytes; at most {MOST_CLOUD_INIT}", text.len());
+            let message = format!("it has {} bytes; at most {MAX_CLOUD_INIT_TEXT}", text.len());
             Err(EngineError::invalid(format!("cloud_init.{name}"), message))
         }
         None => Ok(()),

@@ -1,11 +1,4 @@
-use std::time::Duration;
-
-use vmcast_common::name::{DatastoreName, HostName, ImageName};
-
-use super::{
-    super::{Definition, Identity},
-    *,
-};
+use super::{super::Definition, *};
 
 /// As `virsh dumpxml` has it for a running guest, with what the other tests ask about.
 const RUNNING: &str = r#"<?xml version="1.0" encoding="utf-8"?>
@@ -46,21 +39,10 @@ const RUNNING: &str = r#"<?xml version="1.0" encoding="utf-8"?>
 "#;
 
 fn vm(xml: &str) -> Vm {
-    let (host, copy) = (HostName::new("h2").unwrap(), CopyName::new("web-h2-1").unwrap());
-    Vm {
-        identity: Identity::new("monday", &host, &copy),
-        mark: Mark { deployment: DeploymentId::new("d-1").unwrap(), copy },
-        host,
-        image: ImageName::new("web").unwrap(),
-        datastore: DatastoreName::new("ds1").unwrap(),
-        directory: "/srv/vm/web-h2-1".into(),
-        files: vec!["disk.qcow2".into(), "vm.xml".into()],
-        definition: Some(Definition { file: "vm.xml".into(), xml: xml.into() }),
-        seed: None,
-        sign: GuestSign::Running,
-        up_within: Duration::from_secs(1),
-        number: 1,
-    }
+    let mut vm = super::super::example();
+    vm.files.push("vm.xml".into());
+    vm.definition = Some(Definition { file: "vm.xml".into(), xml: xml.into() });
+    vm
 }
 
 #[test]

@@ -1,8 +1,6 @@
 use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
-use vmcast_common::name::{CopyName, DatastoreName, DeploymentId, ImageName};
-
-use super::{super::Identity, *};
+use super::*;
 
 fn hook(dir: &Path, script: &str) -> PathBuf {
     let path = dir.join("hook");
@@ -19,20 +17,11 @@ fn driver(program: PathBuf, within: Duration) -> Exec {
 }
 
 fn vm(dir: &Path) -> Vm {
-    let (host, copy) = (HostName::new("h2").unwrap(), CopyName::new("web-h2-1").unwrap());
     Vm {
-        identity: Identity::new("r", &host, &copy),
-        mark: Mark { deployment: DeploymentId::new("d-1").unwrap(), copy },
-        host,
-        image: ImageName::new("web").unwrap(),
-        datastore: DatastoreName::new("ds1").unwrap(),
         directory: dir.to_owned(),
-        files: vec!["disk.qcow2".into()],
-        definition: None,
-        seed: None,
         sign: GuestSign::Serial("login:".into()),
         up_within: Duration::from_secs(30),
-        number: 1,
+        ..super::super::example()
     }
 }
 
